@@ -1,0 +1,70 @@
+"""Siamese text encoders whose score decomposes exactly into token pairs.
+
+Train, monitor, evaluate and explain them. The public names below are loaded when they are first
+used, so that ``import xsiam`` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xsiam.attribution import PairAttributor
+    from xsiam.callbacks import AttributionMonitor
+    from xsiam.data import PairDataModule
+    from xsiam.encoder import SiameseEncoder
+    from xsiam.errors import (
+        CheckpointError,
+        ConvergenceWarning,
+        InputError,
+        ModelError,
+        TruncationWarning,
+    )
+    from xsiam.module import SiameseModule
+    from xsiam.result import PairAttribution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttributionMonitor",
+    "CheckpointError",
+    "ConvergenceWarning",
+    "InputError",
+    "ModelError",
+    "PairAttribution",
+    "PairAttributor",
+    "PairDataModule",
+    "SiameseEncoder",
+    "SiameseModule",
+    "TruncationWarning",
+    "__version__",
+]
+
+_MODULES = {
+    "AttributionMonitor": "callbacks",
+    "CheckpointError": "errors",
+    "ConvergenceWarning": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "PairAttribution": "result",
+    "PairAttributor": "attribution",
+    "PairDataModule": "data",
+    "SiameseEncoder": "encoder",
+    "SiameseModule": "module",
+    "TruncationWarning": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, importing the module that defines it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

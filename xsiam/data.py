@@ -1,0 +1,365 @@
+"""Pairs of texts on their way into a Lightning trainer.
+
+`PairDataModule` decides which source serves which split, checks all of it in `setup`, and makes
+batches: tokenised in the collator, of similar lengths, each row on one process only. Reading and
+checking are in `xsiam.pairs`, the order of rows in `xsiam.sampling`.
+
+Batches are dictionaries:
+
+* "a", "b": what `preprocess` returns for the texts of each side;
+* "label": Tensor[n] float32, absent for unlabelled data;
+* "index": Tensor[n] int64, the row of each pair in ``pairs(split)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import distributed
+from torch.utils.data import DataLoader, Sampler
+
+from xsiam.errors import InputError
+from xsiam.pairs import LabelRule, PairDataset, load_pairs
+from xsiam.sampling import LengthBucketSampler, ShardedEvaluationSampler
+from xsiam.tables import is_file_name, is_hub_name, split_names
+
+__all__ = ["SPLITS", "PairCollator", "PairDataModule", "PairDataset", "load_pairs"]
+
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "dev", "val", "valid"),
+    "test": ("test",),
+}
+"""Splits of a run, and under which names a dataset may hold them when none is given."""
+
+Preprocess = Callable[[Sequence[str], str | None], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Turn rows into a batch of tensors.
+
+    Attributes:
+        preprocess: texts and role in, padded features out (`SiameseEncoder.preprocess`).
+        role_a: role of the first texts.
+        role_b: role of the second texts.
+    """
+
+    preprocess: Preprocess
+    role_a: str | None = None
+    role_b: str | None = None
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        """Return the batch described at the top of this module."""
+        batch: dict[str, Any] = {
+            "a": self.preprocess(rows["a"], self.role_a),
+            "b": self.preprocess(rows["b"], self.role_b),
+            "index": torch.tensor(rows["index"], dtype=torch.int64),
+        }
+        if "label" in rows:
+            batch["label"] = torch.tensor(rows["label"], dtype=torch.float32)
+        return batch
+
+
+class PairDataModule(LightningDataModule):
+    """Pairs for training, validation and test.
+
+    Each split comes from where its argument says: a file, a saved dataset, a hub name, or, with
+    `name`, a split of that dataset (a value that is a file stays a file). With `name` a split that
+    is not given is taken by its usual name where the dataset has it. `validation_fraction` and
+    `test_fraction` cut splits off the training pairs instead: disjoint, chosen by `seed` alone.
+
+    Training pairs must have labels if the objective needs them and must not otherwise; validation
+    pairs must have them if the objective does; test pairs may. ``column_label="none"`` leaves them
+    out everywhere.
+
+    Args:
+        preprocess: texts and role in, padded features out; called in the collator. With
+            `num_workers` it runs in worker processes.
+        train: source or split name of the training pairs.
+        validation: the same for validation.
+        test: the same for test.
+        name: dataset that holds the splits: "bundled", a saved dataset folder or a hub name.
+        column_a: see `load_pairs`, as are the next three.
+        column_b: see `load_pairs`.
+        column_label: see `load_pairs`.
+        label_range: see `load_pairs`.
+        validation_fraction: share of the training pairs to validate on, between 0 and 1.
+        test_fraction: share of the training pairs to test on, between 0 and 1.
+        batch_size: training pairs in a batch of one process.
+        eval_batch_size: the same for validation and test.
+        length_bucketing: batch texts of similar length.
+        num_workers: worker processes that tokenise; 0 does it in the main process.
+        seed: seed of splits and order, equal on all processes.
+        role_a: role of the first texts.
+        role_b: role of the second texts.
+        needs_label: whether the objective needs labels.
+        limit: use only the first so many pairs of every split.
+        expected_range: labels the objective can take.
+
+    Raises:
+        InputError: on construction for a wrong number, on `setup` for wrong data.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        *,
+        train: str | Path | None = None,
+        validation: str | Path | None = None,
+        test: str | Path | None = None,
+        name: str | None = None,
+        column_a: str | None = None,
+        column_b: str | None = None,
+        column_label: str | None = None,
+        label_range: Sequence[float] | None = None,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        length_bucketing: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+        role_a: str | None = None,
+        role_b: str | None = None,
+        needs_label: bool = True,
+        limit: int | None = None,
+        expected_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.collator = PairCollator(preprocess, role_a, role_b)
+        self.name = name
+        self.sources = {"train": train, "validation": validation, "test": test}
+        self.fractions = {"validation": validation_fraction, "test": test_fraction}
+        self.columns = {"column_a": column_a, "column_b": column_b, "column_label": column_label}
+        self.label_range = label_range
+        self.expected_range = expected_range
+        self.needs_label = needs_label
+        self.batch_size = _at_least(batch_size, 1, "data.batch_size")
+        self.eval_batch_size = _at_least(eval_batch_size, 1, "data.eval_batch_size")
+        self.length_bucketing = length_bucketing
+        self.num_workers = _at_least(num_workers, 0, "data.num_workers")
+        self.seed = _at_least(seed, 0, "seed")
+        self.limit = None if limit is None else _at_least(limit, 1, "data.limit")
+        self._available: tuple[str, ...] | None = None
+        self._pairs: dict[str, PairDataset] = {}
+        self._check_fractions()
+
+    def prepare_data(self) -> None:
+        """Download what comes from the hub, on one process of each machine."""
+        for split in SPLITS:
+            located = self._locate(split)
+            if located is not None and is_hub_name(located[0]):
+                self._load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the splits of a stage; training checks all of them before it begins.
+
+        Args:
+            stage: "fit", "validate", "test", "predict" or None for all splits.
+        """
+        wanted = {"validate": ("validation",), "test": ("test",), "predict": ("test",)}
+        for split in wanted.get(stage or "", tuple(SPLITS)):
+            if split not in self._pairs and self.has(split):
+                self._add(split)
+
+    def has(self, split: str) -> bool:
+        """Return whether there are pairs for `split`, without reading them."""
+        _check_split(split)
+        return self._fraction(split) is not None or self._locate(split) is not None
+
+    def pairs(self, split: str) -> PairDataset:
+        """Return the checked pairs of "train", "validation" or "test", read on first use.
+
+        Raises:
+            InputError: there is no such split, or its data is wrong.
+        """
+        if not self.has(split):
+            raise InputError(
+                f"Expected {split} pairs, but none are given. Set `data.{split}` to a file or "
+                f"`data.name` to a dataset that has them"
+                + ("." if split == "train" else f", or `data.{split}_fraction`.")
+            )
+        if split not in self._pairs:
+            self._add(split)
+        return self._pairs[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled, length-bucketed batches; see `LengthBucketSampler`."""
+        pairs = self.pairs("train")
+        world, rank = self._processes()
+        sampler = LengthBucketSampler(
+            pairs.lengths,
+            self.batch_size,
+            bucket=self.length_bucketing,
+            num_replicas=world,
+            rank=rank,
+            seed=self.seed,
+        )
+        return self._loader(pairs, sampler)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the validation batches, no row twice; an empty list where there are no pairs."""
+        return self._evaluation_loader("validation") if self.has("validation") else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test batches, no row twice."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        pairs = self.pairs(split)
+        world, rank = self._processes()
+        sampler = ShardedEvaluationSampler(
+            len(pairs),
+            self.eval_batch_size,
+            lengths=pairs.lengths if self.length_bucketing else None,
+            num_replicas=world,
+            rank=rank,
+        )
+        return self._loader(pairs, sampler)
+
+    def _loader(self, pairs: PairDataset, sampler: Sampler[list[int]]) -> DataLoader[Any]:
+        """Return a loader for a sampler that yields whole batches, hence no batch size."""
+        return DataLoader(
+            pairs,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=self.collator,  # type: ignore[arg-type]  # torch expects a list of samples
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self._on_gpu(),
+        )
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def _processes(self) -> tuple[int, int]:
+        """Return the number of processes that share the data, and the number of this one."""
+        if self.trainer is not None:
+            strategy = self.trainer.strategy
+            if isinstance(strategy, ParallelStrategy):
+                # With tensor parallelism several processes see the same data; only this knows.
+                shared = strategy.distributed_sampler_kwargs
+                return int(shared["num_replicas"]), int(shared["rank"])
+            return self.trainer.world_size, self.trainer.global_rank
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_world_size(), distributed.get_rank()
+        return 1, 0
+
+    def _fraction(self, split: str) -> float | None:
+        return self.fractions.get(split)
+
+    def _check_fractions(self) -> None:
+        """Check that fractions are shares, leave training pairs, and clash with no source."""
+        for split, fraction in self.fractions.items():
+            if fraction is None:
+                continue
+            if not 0 < fraction < 1:
+                raise InputError(
+                    f"Expected `data.{split}_fraction` to lie between 0 and 1, but got {fraction}."
+                )
+            if self.sources[split] is not None:
+                raise InputError(
+                    f"Expected either `data.{split}` or `data.{split}_fraction`, but got "
+                    f"{str(self.sources[split])!r} and {fraction}. Set one of them to null."
+                )
+        total = sum(fraction or 0.0 for fraction in self.fractions.values())
+        if total >= 1:
+            raise InputError(
+                "Expected `data.validation_fraction` and `data.test_fraction` to leave training "
+                f"pairs, but they add up to {total:g}."
+            )
+
+    def _locate(self, split: str) -> tuple[str | Path, str, str] | None:
+        """Return source, split name and configuration key of a split, None where it has none."""
+        given, key = self.sources[split], f"data.{split}"
+        if self.name is None:
+            return None if given is None else (given, split, key)
+        if given is not None:
+            return (given, split, key) if is_file_name(given) else (self.name, str(given), key)
+        if self._available is None:
+            self._available = self._list_splits(self.name)
+        names = [name for name in SPLITS[split] if name in self._available]
+        return (self.name, names[0], key) if names else None
+
+    def _list_splits(self, name: str) -> tuple[str, ...]:
+        names = split_names(name, key="data.name")
+        if not names:
+            raise InputError(
+                "Expected `data.name` to be 'bundled', a folder saved with `Dataset.save_to_disk` "
+                f"or a hub name like 'owner/name', but got {name!r}. Set `data.name`, or "
+                "`data.train`, `data.validation` and `data.test` for files."
+            )
+        return names
+
+    def _load(self, split: str) -> PairDataset:
+        """Read and check the source of one split."""
+        located = self._locate(split)
+        if located is None:
+            raise InputError(f"Expected `data.{split}`, but none is given. Set `data.{split}`.")
+        rule: LabelRule = "required" if self.needs_label else "optional"
+        if split == "train" and not self.needs_label:
+            rule = "forbidden"
+        if split == "test":
+            rule = "optional"
+        source, split_name, key = located
+        return load_pairs(
+            source,
+            split_name,
+            **self.columns,
+            labels=rule,
+            expected_range=self.expected_range,
+            label_range=self.label_range,
+            key=key,
+        )
+
+    def _add(self, split: str) -> None:
+        """Read `split`, and with fractions all that is cut from the training pairs."""
+        cut = [name for name in self.fractions if self._fraction(name) is not None]
+        if not cut or (split != "train" and split not in cut):
+            self._pairs[split] = self._limited(self._load(split))
+            return
+        pairs = self._load("train")
+        for name, rows in self._cut(len(pairs)).items():
+            self._pairs[name] = self._limited(pairs.select(rows))
+
+    def _cut(self, n: int) -> dict[str, list[int]]:
+        """Return disjoint rows, in their order, of the training pairs and of what is cut off."""
+        order = np.random.default_rng(self.seed).permutation(n)
+        rows: dict[str, list[int]] = {}
+        start = 0
+        for split, fraction in self.fractions.items():
+            if fraction is not None:
+                stop = start + max(1, round(fraction * n))
+                rows[split] = sorted(order[start:stop].tolist())
+                start = stop
+        if start >= n:
+            raise InputError(
+                f"Expected training pairs to be left after `data.validation_fraction` and "
+                f"`data.test_fraction`, but they take {start} of {n}. Set them lower."
+            )
+        rows["train"] = sorted(order[start:].tolist())
+        return rows
+
+    def _limited(self, pairs: PairDataset) -> PairDataset:
+        if self.limit is None or self.limit >= len(pairs):
+            return pairs
+        return pairs.select(range(self.limit))
+
+
+def _at_least(value: int, least: int, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"Expected `{key}` to be {least} or more, but got {value!r}. Set `{key}`.")
+    return value
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise InputError(f"Expected a split out of {', '.join(SPLITS)}, but got {split!r}.")

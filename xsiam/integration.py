@@ -1,0 +1,452 @@
+"""Integrate token derivatives along attribution paths: fixed rules, and panels to a tolerance.
+
+Adaptive integration plans cheaply and integrates once. The total derivative along a path costs one
+tangent where the token vectors cost S, and its integral over any panel [α, β] is known exactly, from
+the embeddings at both ends: ẽ(x(β)) − ẽ(x(α)). So panels are bisected on exact errors, and only the
+final nodes carry the tangent of every token. Many texts of one length refine independently but are
+evaluated together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xsiam.jacobian import token_derivatives, total_derivative
+from xsiam.quadrature import KRONROD_ORDERS, Rule, gauss_kronrod
+from xsiam.split import Features, SplitModel, select_rows
+
+# The plan keeps a panel sum this share of the tolerance, so that acceptance rarely fails.
+_PLAN_SHARE = 0.5
+# A lower order is tried on a panel only where the error lies this far below what is allowed.
+_DOWNGRADE_SHARE = 1e-2
+# Bounds of the ratio by which a panel's exact total error scales its embedded token differences: the
+# ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing.
+_RATIO_SAFETY = 3.0
+_RATIO_FLOOR = 2e-3
+_NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are noise
+_RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
+
+
+@dataclass
+class PathGroup:
+    """The attribution paths of m texts of one length S, at one layer.
+
+    Attributes:
+        split: The model, cut into head and tail.
+        features: Features of the texts, tensors [m, S].
+        layer: Where the paths live.
+        start: Hidden states of the references, [m, S, D].
+        direction: δ, hidden states of the texts minus the references', [m, S, D].
+        budget: Bytes that one evaluation may take beyond the model.
+        truncate_dim: Embedding dimensions that count, None for all.
+    """
+
+    split: SplitModel
+    features: Features
+    layer: int
+    start: Tensor
+    direction: Tensor
+    budget: int
+    truncate_dim: int | None = None
+
+    @property
+    def size(self) -> int:
+        """m, the number of texts."""
+        return len(self.start)
+
+    def embed(self, alpha: float) -> Tensor:
+        """Return the embeddings at x(α) of every text, [m, K] float64 on the CPU."""
+        rows = torch.arange(self.size)
+        at = torch.full((self.size,), alpha, dtype=torch.float64)
+        step = self._rows_per_call(1)
+        parts = [self._tail(rows[i : i + step])(self._points(rows[i : i + step], at[i : i + step]))
+                 for i in range(0, self.size, step)]  # fmt: skip
+        return torch.cat(parts).cpu().double()
+
+    def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings and total derivatives at x(α) for (text, α) pairs, each [n, K] float64."""
+        step = self._rows_per_call(2)
+        embeddings, derivatives = [], []
+        for i in range(0, len(rows), step):
+            some, at = rows[i : i + step], alphas[i : i + step]
+            embedding, derivative = total_derivative(
+                self._tail(some), self._points(some, at), self.direction[some]
+            )
+            embeddings.append(embedding.cpu().double())
+            derivatives.append(derivative.cpu().double())
+        return torch.cat(embeddings), torch.cat(derivatives)
+
+    def token_sums(self, rows: Tensor, alphas: Tensor, weights: Tensor, panels: Tensor) -> Tensor:
+        """Return weighted sums of token derivatives per panel.
+
+        Args:
+            rows: Text of each node, [n].
+            alphas: Position of each node, [n] float64.
+            weights: W weights of each node, [W, n] float64.
+            panels: Panel of each node, [n], numbered from 0.
+
+        Returns:
+            [W, P, K, S] float64 on the CPU.
+        """
+        length = self.start.shape[1]
+        n_panels = int(panels.max()) + 1
+        tokens_per_call = max(1, min(length, self._rows_per_call(1) - 1))
+        step = self._rows_per_call(tokens_per_call + 1)
+        sums: Tensor | None = None
+        for i in range(0, len(rows), step):
+            some, at = rows[i : i + step], alphas[i : i + step]
+            tail, points = self._tail(some), self._points(some, at)
+            for first in range(0, length, tokens_per_call):
+                tokens = torch.arange(first, min(first + tokens_per_call, length))
+                derivative = token_derivatives(
+                    tail, points, self.direction[some], tokens.to(points.device)
+                )
+                values = derivative.permute(1, 2, 0).cpu().double()  # [n, K, T]
+                if sums is None:
+                    shape = (len(weights), n_panels, values.shape[1], length)
+                    sums = torch.zeros(shape, dtype=torch.float64)
+                for number, weight in enumerate(weights[:, i : i + step]):
+                    part = sums[number, :, :, first : first + len(tokens)]
+                    part.index_add_(0, panels[i : i + step], values * weight[:, None, None])
+        assert sums is not None
+        return sums
+
+    def _points(self, rows: Tensor, alphas: Tensor) -> Tensor:
+        alphas = alphas.to(self.start)[:, None, None]
+        return self.start[rows] + alphas * self.direction[rows]
+
+    def _tail(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        features = select_rows(self.features, rows.to(self.start.device))
+
+        def tail(hidden: Tensor) -> Tensor:
+            return self.split.tail(features, self.layer, hidden)[:, : self.truncate_dim]
+
+        return tail
+
+    def _rows_per_call(self, tangents: int) -> int:
+        """Return how many rows of ``tangents`` tangents each fit the budget."""
+        return max(1, self.budget // (self.bytes_per_tangent() * tangents))
+
+    def bytes_per_tangent(self) -> int:
+        """Estimate the bytes that one tangent of one node takes at the peak of a forward."""
+        _, length, width = self.start.shape
+        config = self.split.model.config
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
+        per_token = 8 * width + 4 * inner + 3 * heads * length  # type: ignore[operator]
+        return int(self.start.element_size() * length * per_token)
+
+
+@dataclass(frozen=True)
+class Integrated:
+    """The integral of one path, with its errors.
+
+    Attributes:
+        vectors: Token vectors G, [K, S] float64.
+        delta: Δ = ẽ(a) − ẽ(r), [K] float64.
+        reference_embedding: e(r) at the start of the path, before any shift, [K] float64.
+        completeness_error: |Σ_s G − Δ| / |Δ| (absolute where |Δ| is float noise).
+        token_error: Estimated largest error of a single token vector, relative to |Δ|; infinite
+            where a rule of one node gives no estimate.
+        converged: Whether both errors meet the tolerance (for a fixed rule: its tolerance too).
+        n_nodes: Nodes at which token derivatives were evaluated.
+    """
+
+    vectors: Tensor
+    delta: Tensor
+    reference_embedding: Tensor
+    completeness_error: float
+    token_error: float
+    converged: bool
+    n_nodes: int
+
+
+def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Integrated]:
+    """Integrate every path of a group with one fixed rule."""
+    starts, ends = group.embed(0.0), group.embed(1.0)
+    rows = torch.arange(group.size).repeat_interleave(rule.n_nodes)
+    weights = rule.weights if rule.embedded_weights is None else rule.embedded_weights
+    stacked = torch.stack([rule.weights, weights]).repeat(1, group.size)
+    sums = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
+    results = []
+    for i in range(group.size):
+        panel = _Panel(0.0, 1.0, starts[i], ends[i], rule)
+        panel.vectors, panel.embedded = sums[0, i], sums[1, i]
+        estimated = rule.embedded_weights is not None
+        results.append(_assemble([panel], tolerance, rule.n_nodes, estimated))
+    return results
+
+
+def integrate_adaptive(
+    group: PathGroup, tolerance: float, max_nodes: int, deadline: float | None = None
+) -> list[Integrated]:
+    """Integrate every path of a group to a tolerance, or to the best within the budgets.
+
+    Args:
+        group: The paths.
+        tolerance: Bound on both the completeness error and the estimated token error.
+        max_nodes: Most nodes per text at which token derivatives are evaluated.
+        deadline: ``time.monotonic()`` value after which nothing is refined any more.
+    """
+    starts, ends = group.embed(0.0), group.embed(1.0)
+    epsilon = torch.finfo(group.start.dtype).eps
+    texts = [
+        _Text(i, tolerance, max_nodes, epsilon, [_Panel(0.0, 1.0, starts[i], ends[i], _TOP_RULE)])
+        for i in range(group.size)
+    ]
+    _plan(group, texts, deadline)
+    while pending := [t for t in texts if any(p.vectors is None for p in t.panels)]:
+        if _is_over(deadline):
+            for text in pending:
+                text.cut_short()
+        _evaluate(group, [(t, p) for t in pending for p in t.panels if p.vectors is None])
+        for text in pending:
+            text.refine_evaluated(allowed=not _is_over(deadline))
+        _embed_missing_ends(group, texts)
+    return [_assemble(t.panels, tolerance, t.n_evaluated) for t in texts]
+
+
+_RULES = {order: gauss_kronrod(order) for order in KRONROD_ORDERS}
+_TOP_RULE = _RULES[max(KRONROD_ORDERS)]
+
+
+@dataclass
+class _Panel:
+    """One panel [left, right] of a path, with the embeddings at its ends."""
+
+    left: float
+    right: float
+    start: Tensor | None
+    end: Tensor | None
+    rule: Rule
+    error: float | None = None
+    vectors: Tensor | None = None
+    embedded: Tensor | None = None
+
+    @property
+    def alphas(self) -> Tensor:
+        return self.left + (self.right - self.left) * self.rule.nodes
+
+    @property
+    def weights(self) -> Tensor:
+        return (self.right - self.left) * self.rule.weights
+
+    def increment(self) -> Tensor:
+        assert self.start is not None and self.end is not None
+        return self.end - self.start
+
+    def halves(self) -> tuple[_Panel, _Panel]:
+        middle = (self.left + self.right) / 2
+        return (
+            _Panel(self.left, middle, self.start, None, _TOP_RULE),
+            _Panel(middle, self.right, None, self.end, _TOP_RULE),
+        )
+
+    def token_errors(self) -> Tensor:
+        """Estimate the error of every token's share of this panel, [S].
+
+        The difference to the embedded rule is the error of the lower rule; it is scaled by how much
+        the higher rule beats the lower one on the sum over tokens, which is known exactly.
+        """
+        assert self.vectors is not None and self.embedded is not None
+        difference = self.vectors - self.embedded
+        exact = (self.vectors.sum(1) - self.increment()).norm()
+        ratio = _RATIO_SAFETY * exact / difference.sum(1).norm().clamp_min(1e-300)
+        return difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
+
+
+@dataclass
+class _Text:
+    """The panels of one text and what it may spend."""
+
+    row: int
+    tolerance: float
+    max_nodes: int
+    epsilon: float
+    panels: list[_Panel]
+    n_evaluated: int = 0
+    root: _Panel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self.panels[0]
+        self.scale = _scale(self.root.increment(), self.root.start)
+
+    @property
+    def n_planned(self) -> int:
+        return sum(p.rule.n_nodes for p in self.panels if p.vectors is None)
+
+    def allowed(self) -> float:
+        return self.tolerance * _PLAN_SHARE * self.scale
+
+    def worst_panels(self) -> list[_Panel]:
+        """Return the fewest panels whose removal leaves an acceptable planned error."""
+        errors = [p.error or 0.0 for p in self.panels]
+        if sum(errors) <= self.allowed():
+            return []
+        left, worst = sum(errors), []
+        for panel in sorted(self.panels, key=lambda p: -(p.error or 0.0)):
+            if left <= self.allowed() / 2 or not panel.error or panel.error <= self.floor(panel):
+                break
+            worst.append(panel)
+            left -= panel.error
+        room = self.max_nodes - self.n_evaluated - self.n_planned
+        return worst[: max(0, room // _TOP_RULE.n_nodes)]
+
+    def floor(self, panel: _Panel) -> float:
+        """Return the float noise of a panel's error, from the embeddings at its ends."""
+        assert panel.start is not None
+        return _NOISE_UNITS * self.epsilon * float(panel.start.norm())
+
+    def is_above_noise(self, token_errors: Tensor, panel: _Panel) -> bool:
+        """Whether bisecting an evaluated panel can still lower its error."""
+        assert panel.vectors is not None
+        exact = float((panel.vectors.sum(1) - panel.increment()).norm())
+        return max(exact, float(token_errors.max())) > self.floor(panel)
+
+    def split_panel(self, panel: _Panel) -> list[_Panel]:
+        where = self.panels.index(panel)
+        halves = list(panel.halves())
+        self.panels[where : where + 1] = halves
+        return halves
+
+    def cut_short(self) -> None:
+        """Fall back to one panel where the deadline leaves no time for the planned ones."""
+        self.panels = [self.root]
+
+    def refine_evaluated(self, allowed: bool) -> None:
+        """Bisect evaluated panels where the completeness or token error is still too large."""
+        if any(p.vectors is None for p in self.panels):
+            return
+        total = sum(p.vectors.sum(1) - p.increment() for p in self.panels)  # type: ignore[union-attr]
+        limit = self.tolerance * self.scale
+        shares = [p.token_errors() for p in self.panels]
+        token_error = float(torch.stack(shares).sum(0).max())
+        if (float(torch.as_tensor(total).norm()) <= limit and token_error <= limit) or not allowed:
+            return
+        left = token_error
+        room = (self.max_nodes - self.n_evaluated) // (2 * _TOP_RULE.n_nodes)
+        order = sorted(zip(shares, self.panels, strict=True), key=lambda sp: -float(sp[0].max()))
+        above_noise = [(s, p) for s, p in order if self.is_above_noise(s, p)]
+        for share, panel in above_noise[:room]:
+            self.split_panel(panel)
+            left -= float(share.max())
+            if left <= limit / 2:
+                break
+
+
+def _plan(group: PathGroup, texts: Sequence[_Text], deadline: float | None) -> None:
+    """Bisect panels on the exact error of the total derivative's integral, then lower orders."""
+    pending = [(t, p) for t in texts for p in t.panels]
+    while pending:
+        _measure(group, pending)
+        if _is_over(deadline):
+            break
+        pending = [(t, h) for t in texts for p in t.worst_panels() for h in t.split_panel(p)]
+        _embed_missing_ends(group, texts)
+    for order in sorted(KRONROD_ORDERS[:-1], reverse=True):
+        _lower_orders(group, texts, _RULES[order])
+
+
+def _measure(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None:
+    """Set the exact error of each panel's total integral."""
+    rows, alphas, panels = _flatten(pending)
+    _, derivatives = group.totals(rows, alphas)
+    weights = torch.cat([p.weights for _, p in pending])
+    sums = torch.zeros(len(pending), derivatives.shape[1], dtype=torch.float64)
+    sums.index_add_(0, panels, derivatives * weights[:, None])
+    for (_, panel), total in zip(pending, sums, strict=True):
+        panel.error = float((total - panel.increment()).norm())
+
+
+def _lower_orders(group: PathGroup, texts: Sequence[_Text], rule: Rule) -> None:
+    """Give panels a smaller rule where its error, measured too, still fits the allowance."""
+    trials = []
+    for text in texts:
+        share = text.allowed() / len(text.panels)
+        for panel in text.panels:
+            if panel.rule.n_nodes <= 2 * rule.n_nodes + 1 and (panel.error or 0.0) <= max(
+                share * _DOWNGRADE_SHARE, text.floor(panel)
+            ):
+                trial = _Panel(panel.left, panel.right, panel.start, panel.end, rule)
+                trials.append((text, panel, trial))
+    if not trials:
+        return
+    _measure(group, [(text, trial) for text, _, trial in trials])
+    for text, panel, trial in trials:
+        assert trial.error is not None
+        if trial.error <= text.allowed() / len(text.panels):
+            panel.rule, panel.error = rule, trial.error
+
+
+def _evaluate(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None:
+    """Evaluate the token derivatives of every pending panel."""
+    rows, alphas, panels = _flatten(pending)
+    weights = torch.stack(
+        [
+            torch.cat([p.weights for _, p in pending]),
+            torch.cat([(p.right - p.left) * p.rule.embedded_weights for _, p in pending]),
+        ]
+    )
+    sums = group.token_sums(rows, alphas, weights, panels)
+    for number, (text, panel) in enumerate(pending):
+        panel.vectors, panel.embedded = sums[0, number], sums[1, number]
+        text.n_evaluated += panel.rule.n_nodes
+
+
+def _embed_missing_ends(group: PathGroup, texts: Sequence[_Text]) -> None:
+    """Fill in the embeddings where panels were bisected."""
+    missing = [(t, i) for t in texts for i, p in enumerate(t.panels) if p.end is None]
+    if not missing:
+        return
+    rows = torch.tensor([t.row for t, _ in missing])
+    alphas = torch.tensor([t.panels[i].right for t, i in missing], dtype=torch.float64)
+    embeddings, _ = group.totals(rows, alphas)
+    for (text, i), embedding in zip(missing, embeddings, strict=True):
+        text.panels[i].end = text.panels[i + 1].start = embedding
+
+
+def _flatten(pending: Sequence[tuple[_Text, _Panel]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return text, position and panel number of every node."""
+    counts = torch.tensor([p.rule.n_nodes for _, p in pending])
+    rows = torch.tensor([t.row for t, _ in pending]).repeat_interleave(counts)
+    panels = torch.arange(len(pending)).repeat_interleave(counts)
+    return rows, torch.cat([p.alphas for _, p in pending]), panels
+
+
+def _assemble(
+    panels: Sequence[_Panel], tolerance: float, n_nodes: int, estimated: bool = True
+) -> Integrated:
+    first, last = panels[0], panels[-1]
+    assert first.start is not None and last.end is not None
+    delta = last.end - first.start
+    scale = _scale(delta, first.start)
+    vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)
+    completeness = float((vectors.sum(1) - delta).norm()) / scale
+    token = float("inf")
+    if estimated:
+        token = float(torch.stack([p.token_errors() for p in panels]).sum(0).max()) / scale
+    return Integrated(
+        vectors=vectors,
+        delta=delta,
+        reference_embedding=first.start,
+        completeness_error=completeness,
+        token_error=token,
+        converged=completeness <= tolerance and token <= tolerance,
+        n_nodes=n_nodes,
+    )
+
+
+def _scale(delta: Tensor, start: Tensor | None) -> float:
+    """Return |Δ|, or 1 where it is float noise and errors are absolute."""
+    norm = float(delta.norm())
+    noise = 0.0 if start is None else _RELATIVE_FLOOR * float(start.norm())
+    return norm if norm > noise else 1.0
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline

@@ -1,0 +1,83 @@
+"""Directional derivatives of an encoder's tail: pure tensors in and out.
+
+Everything here is forward mode. The primal is computed once per node and only what comes after the
+layer carries the tangent dimension, since ``vmap`` runs over tangents with the primal unbatched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Tail = Callable[[Tensor], Tensor]  # hidden states [n, S, D] -> embeddings [n, K]
+
+
+def token_derivatives(tail: Tail, points: Tensor, directions: Tensor, tokens: Tensor) -> Tensor:
+    """Push the direction of one token at a time through the tail.
+
+    Args:
+        tail: Maps hidden states [n, S, D] to embeddings [n, K], row by row.
+        points: Where to differentiate, [n, S, D].
+        directions: δ of each row, [n, S, D].
+        tokens: The token positions to differentiate, [T].
+
+    Returns:
+        [T, n, K]: Σ_d ∂ẽ_k/∂x_{s,d} δ_{s,d} for each token s in ``tokens``.
+    """
+    length = points.shape[1]
+    one_hot = torch.nn.functional.one_hot(tokens, length).to(points.dtype)
+
+    def along_token(mask: Tensor) -> Tensor:
+        return _derivative(tail, points, directions * mask[:, None])
+
+    return vmap(along_token)(one_hot)
+
+
+def feature_derivatives(tail: Tail, points: Tensor, directions: Tensor, token: int) -> Tensor:
+    """Push every feature of one token through the tail: [D, n, K] for points [n, S, D]."""
+    n_features = points.shape[2]
+
+    def along_feature(mask: Tensor) -> Tensor:
+        tangent = torch.zeros_like(points)
+        tangent = torch.cat(
+            [tangent[:, :token], (directions[:, token] * mask)[:, None], tangent[:, token + 1 :]], 1
+        )
+        return _derivative(tail, points, tangent)
+
+    basis = torch.eye(n_features, dtype=points.dtype, device=points.device)
+    return vmap(along_feature)(basis)
+
+
+def total_derivative(tail: Tail, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings [n, K] at ``points`` and their derivatives [n, K] along ``directions``."""
+    embedding, derivative = jvp(tail, (points,), (directions,))
+    return embedding, derivative
+
+
+@contextmanager
+def exact_numerics(device: torch.device) -> Iterator[None]:
+    """Full matmul precision, no autocast, no reverse graph, and attention that has forward AD.
+
+    The fused attention kernels implement no forward derivative, so the plain one is forced.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _derivative(tail: Tail, points: Tensor, tangent: Tensor) -> Tensor:
+    derivative: Tensor = jvp(tail, (points,), (tangent,))[1]
+    return derivative

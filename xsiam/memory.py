@@ -1,0 +1,41 @@
+"""Memory budgets: read them, and find out what is free."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from xsiam.errors import InputError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # fmt: skip
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# Beyond this a larger evaluation is no faster: the matrix products are large enough.
+_DEFAULT_LIMIT = 512 * 2**20
+
+
+def parse_bytes(value: str | int) -> int:
+    """Return the bytes that "2GB", "512 MiB" or a number of bytes stand for.
+
+    Raises:
+        InputError: If ``value`` is not of that form or not positive.
+    """
+    match = _PATTERN.fullmatch(str(value)) if not isinstance(value, bool) else None
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise InputError(
+            f"Expected `memory_budget` to be a positive size such as '2GB' or '512MiB', but got "
+            f"{value!r}. Set `attribution.memory_budget`."
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def default_budget(device: torch.device) -> int:
+    """Return a quarter of the free memory of ``device``, at most 512 MiB."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = 4 * _DEFAULT_LIMIT
+    return max(1, min(free // 4, _DEFAULT_LIMIT))

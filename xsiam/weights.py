@@ -1,0 +1,74 @@
+"""Notice that weights changed, by whatever route, and name a set of weights by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightsWatch:
+    """Tell cheaply whether a module still computes what it computed before.
+
+    The key holds, for every parameter and buffer, its storage address, version counter and a random
+    bilinear form of its values; and the state of any adapters. In-place updates by an optimizer raise
+    the version, ``load_state_dict`` too; writes through ``.data`` do neither but change the form.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._ramps: dict[tuple[int, torch.device], Tensor] = {}
+        self._fingerprint: tuple[Hashable, str] | None = None
+
+    def key(self) -> Hashable:
+        """Return a value that is equal as long as the weights and adapters are."""
+        tensors = list(self._module.parameters()) + list(self._module.buffers())
+        with torch.no_grad():
+            forms = [self._form(tensor) for tensor in tensors]
+            values = torch.stack(forms).cpu().view(torch.int32).tolist() if forms else []
+        storage = tuple(
+            (t.data_ptr(), -1 if t.is_inference() else t._version, t.dtype, t.shape)
+            for t in tensors
+        )
+        return storage, tuple(values), self._adapters()
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over names, shapes, types and values of the weights."""
+        key = self.key()
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self._module.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(values.numpy().data)
+            self._fingerprint = (key, digest.hexdigest()[:16])
+        return self._fingerprint[1]
+
+    def _form(self, tensor: Tensor) -> Tensor:
+        """Return uᵀTv for fixed random u and v, as one float32 number."""
+        values = tensor.detach()
+        matrix = values.reshape(len(values), -1) if values.ndim > 1 else values.reshape(1, -1)
+        if not matrix.is_floating_point():
+            matrix = matrix.float()
+        u = self._ramp(matrix.shape[0], matrix).to(matrix.dtype)
+        v = self._ramp(matrix.shape[1], matrix).to(matrix.dtype)
+        return (u @ (matrix @ v)).float()
+
+    def _ramp(self, length: int, like: Tensor) -> Tensor:
+        key = (length, like.device)
+        if key not in self._ramps:
+            generator = torch.Generator().manual_seed(length)
+            ramp = torch.rand(length, generator=generator) + 0.5
+            self._ramps[key] = ramp.to(like.device)
+        return self._ramps[key]
+
+    def _adapters(self) -> Hashable:
+        """Return which adapters (peft) act on which modules: switching them changes no weight."""
+        return tuple(
+            (name, str(active), bool(getattr(module, "disable_adapters", False)))
+            for name, module in self._module.named_modules()
+            if (active := getattr(module, "active_adapters", None)) is not None
+            and not callable(active)
+        )
