@@ -35,10 +35,7 @@ from transformers import (
     RobertaModel,
 )
 
-WORDS = (
-    "a the dog cat kitten runs sleeps chases in on under yard garden house small big red and is "
-    "not by outside after . , query : passage"
-).split()
+WORDS = ["a", "the", "dog", "cat", "kitten", "runs", "sleeps", "chases", "in", "on", "under", "yard", "garden", "house", "small", "big", "red", "and", "is", "not", "by", "outside", "after", ".", ",", "query", ":", "passage"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT_A = "the small dog chases a cat in the garden ."
 TEXT_B = "a cat is chased by the dog outside ."

@@ -221,21 +221,6 @@ def test_evaluation_needs_a_checkpoint_and_has_its_own_defaults() -> None:
     assert set(to_dict(config)["model"].values()) == {None}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], "val/spearman_cosine"),
-        (["model.similarity=dot"], "val/spearman_dot"),
-        (["model.similarity=dot", "checkpoint.monitor=val/loss"], "val/loss"),
-        (["model.similarity=dot", "checkpoint.monitor=null"], None),
-    ],
-)
-def test_monitor_follows_the_similarity_unless_set(
-    overrides: list[str], expected: str | None
-) -> None:
-    assert load_config(TrainConfig, [], overrides).checkpoint.monitor == expected
-
-
 def test_fractions_leave_pairs_and_compete_with_no_source() -> None:
     with pytest.raises(InputError, match=r"they add up to 1\.1"):
         load_config(TrainConfig, [], ["data.validation_fraction=0.5", "data.test_fraction=0.6"])

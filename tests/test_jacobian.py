@@ -48,7 +48,9 @@ def test_token_vectors_equal_the_closed_form(problem) -> None:
 def test_one_node_is_not_enough_for_a_curved_tail() -> None:
     tail, exact = PROBLEMS["separable"]()
     text, reference = path()
-    assert (integrate(tail, text, reference, 1) - exact(torch.stack([text, reference]))).abs().max() > 1e-2
+    assert (
+        integrate(tail, text, reference, 1) - exact(torch.stack([text, reference]))
+    ).abs().max() > 1e-2
 
 
 def test_forward_mode_equals_the_definition_by_reverse_mode(problem) -> None:

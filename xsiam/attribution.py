@@ -5,65 +5,29 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from xsiam.encoder import SiameseEncoder, _Truncations, check_pairs, check_texts
+from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.integration import Integrated, PathGroup, integrate_adaptive, integrate_fixed
 from xsiam.jacobian import exact_numerics, feature_derivatives
 from xsiam.memory import default_budget, parse_bytes
 from xsiam.quadrature import Rule, fixed_rule
+from xsiam.reading import ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair
-from xsiam.split import Features, evaluation_mode, features_to
+from xsiam.split import evaluation_mode
+from xsiam.texts import Truncations, check_pairs, check_texts
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
 
 _TEXTS_PER_GROUP = 64
 _SUPPORTED_ATTENTION = (None, "sdpa", "eager")
-
-
-@dataclass(frozen=True)
-class TokenVectors:
-    """What attribution needs to know of one text; it depends on no other text.
-
-    Attributes:
-        text: The text, without prompt.
-        role: Its role.
-        vectors: Token vectors G, [K, S] float64: Σ_s G[:, s] = ẽ(a) − ẽ(r_a).
-        delta: Δ, [K] float64.
-        reference_embedding: ẽ(r), [K] float64: zero for a shifted model.
-        norm: What the model divides by.
-        embedding: ẽ(a) by the model's ordinary forward, [K] float64.
-        completeness_error: |Σ_s G[:, s] − Δ| / |Δ|.
-        token_error: Estimated largest error of one token vector, relative to |Δ|.
-        converged: Whether the tolerance was met.
-        n_nodes: Nodes at which token derivatives were evaluated.
-        tokens: Tokens, prompt and special tokens included.
-        offsets: Character spans in the text; (0, 0) for prompt and special tokens.
-        special_mask: Which tokens the tokenizer added.
-        prompt_mask: Which tokens belong to the prompt.
-    """
-
-    text: str
-    role: str | None
-    vectors: Tensor
-    delta: Tensor
-    reference_embedding: Tensor
-    norm: float
-    embedding: Tensor
-    completeness_error: float
-    token_error: float
-    converged: bool
-    n_nodes: int
-    tokens: tuple[str, ...]
-    offsets: tuple[tuple[int, int], ...]
-    special_mask: tuple[bool, ...]
-    prompt_mask: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -93,8 +57,9 @@ class PairAttributor:
         quadrature: "adaptive", "riemann" (published), "midpoint" or "gauss_legendre".
         n_nodes: Nodes of a fixed rule.
         max_nodes: Most nodes per text of the adaptive rule.
-        memory_budget: Bytes, or a string such as "2GB", that an evaluation may take beyond the model.
-            It changes how work is cut up, never the numbers. None takes a share of what is free.
+        memory_budget: Bytes, or a string such as "2GB", that an evaluation may take beyond the
+            model. It changes how work is cut up, never the numbers. None takes a share of what is
+            free.
         time_budget: Seconds for one call of :meth:`attribute`, after which nothing is refined.
 
     Raises:
@@ -102,8 +67,8 @@ class PairAttributor:
         ModelError: If the model's own scores cannot be reproduced, with the reason.
 
     References:
-        Moeller et al. (EMNLP 2023), the integrated-Jacobian attribution; Moeller et al. (EACL 2024),
-        its approximate form. Forward mode, adaptive nodes and main effects are ours.
+        Moeller et al. (EMNLP 2023), the integrated-Jacobian attribution; Moeller et al. (EACL
+        2024), its approximate form. Forward mode, adaptive nodes and main effects are ours.
     """
 
     def __init__(
@@ -133,7 +98,7 @@ class PairAttributor:
         self.encoder.check_parity()
 
     @overload
-    def attribute(
+    def attribute(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
         self,
         texts_a: str,
         texts_b: str,
@@ -232,8 +197,11 @@ class PairAttributor:
             InputError: If a token position is out of range.
         """
         check_pairs([text_a], [text_b])
-        with self._numerics():
-            text = {"a": self._read(text_a, role_a), "b": self._read(text_b, role_b)}
+        with self._numerics(), Truncations(self.encoder) as truncations:
+            text = {
+                "a": read_text(self.encoder, text_a, role_a, truncations),
+                "b": read_text(self.encoder, text_b, role_b, truncations),
+            }
             sizes = {side: len(read.tokens) for side, read in text.items()}
             for i, j in token_pairs:
                 if not (0 <= i < sizes["a"] and 0 <= j < sizes["b"]):
@@ -258,8 +226,8 @@ class PairAttributor:
         """Integrate texts: those of one length together, in groups of bounded size."""
         deadline = None if self.time_budget is None else time.monotonic() + self.time_budget
         results: dict[int, TokenVectors] = {}
-        with self._numerics(), _Truncations(self.encoder) as truncations:
-            reads = [self._read(text, role, truncations) for text, role in keys]
+        with self._numerics(), Truncations(self.encoder) as truncations:
+            reads = [read_text(self.encoder, text, role, truncations) for text, role in keys]
             groups: dict[Any, list[int]] = {}
             for i, read in enumerate(reads):
                 groups.setdefault(read.shape_key, []).append(i)
@@ -274,14 +242,14 @@ class PairAttributor:
                     results[i] = self._finish(read, path)
         return [results[i] for i in range(len(keys))]
 
-    def _paths(self, reads: Sequence[_Read], deadline: float | None) -> list[Integrated]:
+    def _paths(self, reads: Sequence[ReadText], deadline: float | None) -> list[Integrated]:
         group = self._group(reads)
         if self.rule is not None:
             return integrate_fixed(group, self.rule, self.tolerance)
         return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline)
 
-    def _group(self, reads: Sequence[_Read]) -> PathGroup:
-        features = _stack([read.features for read in reads])
+    def _group(self, reads: Sequence[ReadText]) -> PathGroup:
+        features = stack_features([read.features for read in reads])
         split, reference = self.encoder.split, self.encoder.reference
         hidden = split.capture(features, self.layer)
         start = reference.hidden(split, features, self.layer)
@@ -303,29 +271,7 @@ class PairAttributor:
             truncate_dim=self.encoder.model.truncate_dim,
         )
 
-    def _read(
-        self, text: str, role: str | None, truncations: _Truncations | None = None
-    ) -> _Read:
-        """Tokenise one text and embed it by the model's ordinary forward."""
-        encoder = self.encoder
-        features = encoder._preprocess([text], role, truncations or _Truncations(encoder))
-        prompt = encoder.prompt_of(role)[0] or ""
-        read = _describe(encoder, text, role, prompt, features)
-        features = features_to(features, encoder.device)
-        features.pop("offset_mapping", None)
-        parts = encoder.parts(features)
-        shift = encoder.shift_of(features)
-        if shift is not None:
-            shift = shift[0, : encoder.model.truncate_dim].double().cpu()
-        return _Read(
-            **read,
-            features=features,
-            embedding=parts.embedding[0].double().cpu(),
-            norm=float(parts.norm[0]),
-            shift=shift,
-        )
-
-    def _finish(self, read: _Read, path: Integrated) -> TokenVectors:
+    def _finish(self, read: ReadText, path: Integrated) -> TokenVectors:
         reference = path.reference_embedding
         return TokenVectors(
             text=read.text,
@@ -346,7 +292,7 @@ class PairAttributor:
         )
 
     def _combine(self, a: TokenVectors, b: TokenVectors, fingerprint: str) -> PairAttribution:
-        """Join two texts' token vectors: DESIGN of the identity is in the class docstring."""
+        """Join two texts' token vectors by the identity that `PairAttribution` states."""
         normaliser = a.norm * b.norm
         matrix = a.vectors.T @ b.vectors / normaliser
         main_a = a.vectors.T @ b.reference_embedding / normaliser
@@ -387,7 +333,7 @@ class PairAttributor:
             **per_text,
         )
 
-    def _feature_vectors(self, read: _Read, token: int, rule: Rule) -> Tensor:
+    def _feature_vectors(self, read: ReadText, token: int, rule: Rule) -> Tensor:
         """Integrate the derivative of every feature of one token, [K, D] float64."""
         group = self._group([read])
         total: Tensor | None = None
@@ -400,75 +346,10 @@ class PairAttributor:
         assert total is not None
         return total
 
-    def _numerics(self) -> Any:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        stack.enter_context(exact_numerics(self.encoder.device))
-        stack.enter_context(evaluation_mode(self.encoder))
-        return stack
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One text as the model reads it."""
-
-    text: str
-    role: str | None
-    tokens: tuple[str, ...]
-    offsets: tuple[tuple[int, int], ...]
-    special_mask: tuple[bool, ...]
-    prompt_mask: tuple[bool, ...]
-    features: Features
-    embedding: Tensor
-    norm: float
-    shift: Tensor | None
-
-    @property
-    def shape_key(self) -> Any:
-        """Texts with equal keys can share a batch."""
-        plain = {k: str(v) for k, v in self.features.items() if not isinstance(v, Tensor)}
-        return len(self.tokens), tuple(sorted(plain.items()))
-
-
-def _describe(
-    encoder: SiameseEncoder, text: str, role: str | None, prompt: str, features: Features
-) -> dict[str, Any]:
-    """Name the tokens of one text and place them in it."""
-    tokens = encoder.split_tokenizer.convert_ids_to_tokens(features["input_ids"][0].tolist())
-    special = [bool(flag) for flag in features["special_tokens_mask"][0].tolist()]
-    if "offset_mapping" in features:
-        spans = features["offset_mapping"][0].tolist()
-    else:
-        spans = [[0, 0]] * len(tokens)
-    before = len(prompt)
-    in_prompt = [
-        before > 0 and not s and end <= before and end > 0
-        for (_, end), s in zip(spans, special, strict=True)
-    ]
-    offsets = [
-        (0, 0) if s or p else (max(0, start - before), max(0, end - before))
-        for (start, end), s, p in zip(spans, special, in_prompt, strict=True)
-    ]
-    return {
-        "text": text,
-        "role": role,
-        "tokens": tuple(tokens),
-        "offsets": tuple(offsets),
-        "special_mask": tuple(special),
-        "prompt_mask": tuple(in_prompt),
-    }
-
-
-def _stack(features: Sequence[Features]) -> Features:
-    """Join features of single texts of one length into one batch."""
-    first = features[0]
-    return {
-        key: torch.cat([f[key] for f in features])
-        if isinstance(value, Tensor) and value.ndim
-        else value
-        for key, value in first.items()
-    }
+    @contextmanager
+    def _numerics(self) -> Iterator[None]:
+        with exact_numerics(self.encoder.device), evaluation_mode(self.encoder):
+            yield
 
 
 def _rule(quadrature: str, n_nodes: int | None) -> Rule | None:
@@ -483,7 +364,11 @@ def _rule(quadrature: str, n_nodes: int | None) -> Rule | None:
 
 
 def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < float("inf")
+    ):
         raise InputError(
             f"Expected `{name}` to be a positive number, but got {value!r}. "
             f"Set `attribution.{name}`."
@@ -496,8 +381,9 @@ def _check_attention(encoder: SiameseEncoder) -> None:
     kernel = getattr(encoder.split.model.config, "_attn_implementation", None)
     if kernel not in _SUPPORTED_ATTENTION:
         raise ModelError(
-            f"Expected attention 'sdpa' or 'eager', but {encoder.split.name} runs {kernel!r}, which "
-            'has no forward derivative. Load it with `model_kwargs={"attn_implementation": "sdpa"}`.'
+            f"Expected attention 'sdpa' or 'eager', but {encoder.split.name} runs {kernel!r}, "
+            "which has no forward derivative. Load it with "
+            '`model_kwargs={"attn_implementation": "sdpa"}`.'
         )
 
 

@@ -93,7 +93,7 @@ def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
 
 
 def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
-    """Return all of an encoder but its weights, for a checkpoint: plain values and bytes as tensors."""
+    """Return all of an encoder but its weights: plain values, and bytes as tensors."""
     model = encoder.model
     with tempfile.TemporaryDirectory() as folder:
         weights = _write_without_weights(model, Path(folder))
@@ -166,7 +166,7 @@ def _assemble(
     return SentenceTransformer(
         modules=modules,
         device=str(encoder.device),
-        prompts=dict(own.prompts),
+        prompts={name: prompt or "" for name, prompt in own.prompts.items()},
         default_prompt_name=own.default_prompt_name,
         similarity_fn_name=similarity,  # type: ignore[arg-type]
         truncate_dim=own.truncate_dim,
@@ -193,7 +193,7 @@ def _read_settings(path: str) -> dict[str, Any]:
 
 
 def _take_out_shift(model: SentenceTransformer, settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the exported shift from the modules, to be computed live; keep it if it is not ours."""
+    """Remove the exported shift from the modules, to be computed live, if it is still ours."""
     index = settings.get("shift_module")
     if index is None:
         return settings
@@ -218,7 +218,7 @@ def _take_out_shift(model: SentenceTransformer, settings: dict[str, Any]) -> dic
 
 def _is_fold_of(model: SentenceTransformer, index: int, reference: str) -> bool:
     """Whether module ``index`` adds −e(r) and nothing else: identity weight and ẽ(r) ≈ 0."""
-    dense = model[index]
+    dense: Any = model[index]
     weight, bias = dense.linear.weight, dense.linear.bias
     if weight.shape[0] != weight.shape[1] or bias is None:
         return False
@@ -329,8 +329,8 @@ def _model_card(encoder: SiameseEncoder) -> str:
         use = "SentenceTransformer"
     else:
         shift = (
-            f"the `{encoder.reference.name}` reference shift, which depends on the length: it loads "
-            "with xsiam only"
+            f"the `{encoder.reference.name}` reference shift, which depends on the length: it "
+            "loads with xsiam only"
         )
         use = "SiameseEncoder"
     package = "sentence_transformers" if use == "SentenceTransformer" else "xsiam"

@@ -246,8 +246,9 @@ class TrainerConfig(Section):
 class CheckpointConfig(Section):
     """Which checkpoints are kept, beside the last."""
 
-    monitor: Name | None = "val/spearman_cosine"
-    """Metric of the best checkpoint; unless set, "val/spearman_dot" for similarity "dot"."""
+    monitor: Name | None = None
+    """Metric of the best checkpoint; null takes "val/spearman_cosine" or "val/spearman_dot", after
+    the model's similarity."""
     mode: Literal["min", "max"] = "max"
     """Whether a lower or a higher value is better."""
     every_n_steps: Count | None = None
@@ -271,7 +272,8 @@ class AttributionConfig(Section):
     enabled: bool = True
     """Whether attributions are computed at all."""
     layers: Layers = field(default_factory=list)
-    """Layers, each from 0 (first block's input) to the number of blocks (last hidden states)."""
+    """Layers, each from 0 (first block's input) to the number of blocks (last hidden states); with
+    none of them nothing is attributed."""
     n_pairs: Count = 16
     """Pairs in the seeded sample."""
     seed: Seed = 0
@@ -389,8 +391,6 @@ def load_config(
         values.update(flatten_file(schema, read_yaml(file), str(file)))
     values.update(read_override(schema, override) for override in overrides)
     config = build(schema, values)
-    if isinstance(config, TrainConfig) and "checkpoint.monitor" not in values:
-        config.checkpoint.monitor = _default_monitor(config.model.similarity)
     validate(config)
     return config
 
@@ -405,8 +405,3 @@ def to_dict(config: Section) -> dict[str, Any]:
 def save_config(config: Section, path: str | Path) -> None:
     """Write the whole configuration as a YAML file that `load_config` reads back unchanged."""
     write_yaml(to_dict(config), path)
-
-
-def _default_monitor(similarity: str | None) -> str:
-    """Return the metric of the score that is trained; a model's own score is taken as cosine."""
-    return "val/spearman_dot" if similarity == "dot" else "val/spearman_cosine"

@@ -1,8 +1,7 @@
-"""The Siamese encoder: a SentenceTransformer with an optional reference shift and a similarity head."""
+"""The Siamese encoder: a SentenceTransformer with a reference shift and a similarity head."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from torch import Tensor, nn
 
-from xsiam.errors import InputError, ModelError, TruncationWarning
-from xsiam.references import AbstractReference, ReferenceRows, get_reference
+from xsiam.errors import InputError, ModelError
+from xsiam.references import AbstractReference, ReferenceRows, get_reference, pad_id
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
+from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.weights import WeightsWatch
 
 SIMILARITIES = {"cosine": "cos", "dot": "dot"}  # sentence-transformers' names: ours
@@ -42,12 +42,13 @@ class Parts:
 class SiameseEncoder(nn.Module):
     """Embed texts and score pairs, with a score that can be exact under attribution.
 
-    With ``shift`` the embedding of a text is e(x) − e(r), where r is the reference of the text's own
-    length, and a trailing Normalize moves behind the shift. Then the score of any text with a
+    With ``shift`` the embedding of a text is e(x) − e(r), where r is the reference of the text's
+    own length, and a trailing Normalize moves behind the shift. Then the score of any text with a
     reference is zero and the score decomposes into token pairs exactly.
 
     Args:
-        model: A SentenceTransformer; its pooling, Dense, Normalize, prompts and truncation are kept.
+        model: A SentenceTransformer; its pooling, Dense, Normalize, prompts and truncation are
+            kept.
         similarity: "cos" or "dot"; None takes the model's own similarity function.
         shift: Whether to subtract the reference embedding.
         reference: A registered name ("pad", "uniform") or a reference object.
@@ -83,7 +84,8 @@ class SiameseEncoder(nn.Module):
         self._watch = WeightsWatch(model)
         self._shift_cache: dict[Hashable, Tensor] = {}
         self._cache_weights: Hashable = None
-        self._warned_length = 0
+        self.longest_warned = 0
+        pad_id(self.tokenizer)  # needed by every batch
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
         self.reference.check(self.split, probe)
@@ -151,10 +153,10 @@ class SiameseEncoder(nn.Module):
         check_texts(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         chunks = []
-        with torch.no_grad(), evaluation_mode(self), _Truncations(self) as truncations:
+        with torch.no_grad(), evaluation_mode(self), Truncations(self) as truncations:
             for start in range(0, len(texts), batch_size):
                 batch = order[start : start + batch_size]
-                features = self._preprocess([texts[i] for i in batch], role, truncations)
+                features = self.preprocess_with(truncations, [texts[i] for i in batch], role)
                 chunks.append(self.forward(features_to(features, self.device)))
         inverse = torch.empty(len(texts), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(texts))
@@ -187,10 +189,11 @@ class SiameseEncoder(nn.Module):
     def preprocess(self, texts: Sequence[str], role: str | None = None) -> Features:
         """Tokenise texts into one padded batch of features, tensors [n, S].
 
-        Warns (TruncationWarning) where a text exceeds the model's window, once per new longest text.
+        Warns (TruncationWarning) where a text exceeds the model's window, once per new longest
+        text.
         """
-        with _Truncations(self, only_longer=True) as truncations:
-            return self._preprocess(texts, role, truncations)
+        with Truncations(self, only_longer=True) as truncations:
+            return self.preprocess_with(truncations, texts, role)
 
     def forward(self, features: Features) -> Tensor:
         """Embed a batch of features: [n, K], differentiable, as the user sees embeddings."""
@@ -284,7 +287,7 @@ class SiameseEncoder(nn.Module):
         with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self):
             for parameter in self.parameters():
                 parameter.grad = None
-            self.forward(self._probe_features()).sum().backward()
+            torch.autograd.backward(self.forward(self._probe_features()).sum())
         unused = [n for n, p in self.named_parameters() if p.requires_grad and p.grad is None]
         for name, parameter in self.named_parameters():
             parameter.grad = gradients[name]
@@ -300,17 +303,20 @@ class SiameseEncoder(nn.Module):
                 ``encode_query`` or ``encode_document`` of the SentenceTransformer.
         """
         tolerance = 1e-5 if self.dtype in (torch.float32, torch.float64) else 2e-2
-        own = {None: self.model.encode}
+        own: dict[str | None, Any] = {None: self.model.encode}
         own |= {"query": self.model.encode_query, "document": self.model.encode_document}
         ends_normalized = isinstance(list(self.model.children())[-1], Normalize)
         for role, encode in own.items():
-            with torch.no_grad(), evaluation_mode(self), _Truncations(self) as truncations:
-                features = self._preprocess(_PROBE_TEXTS, role, truncations)
+            with torch.no_grad(), evaluation_mode(self), Truncations(self) as truncations:
+                features = self.preprocess_with(truncations, _PROBE_TEXTS, role)
                 ours = self.split.embed(features_to(features, self.device))
             if ends_normalized:
                 ours = torch.nn.functional.normalize(ours, dim=-1)
             ours = ours[:, : self.model.truncate_dim]
-            theirs = encode(list(_PROBE_TEXTS), convert_to_tensor=True, show_progress_bar=False)
+            with evaluation_mode(self):  # `encode` would leave the model in eval mode
+                theirs = encode(
+                    list(_PROBE_TEXTS), convert_to_tensor=True, show_progress_bar=False
+                )
             scale = theirs.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             difference = ((ours - theirs).norm(dim=-1, keepdim=True) / scale).max().item()
             if not difference <= tolerance:
@@ -350,14 +356,14 @@ class SiameseEncoder(nn.Module):
                 }
         return torch.stack([self._shift_cache[key] for key in keys])[rows.inverse]
 
-    def _preprocess(
-        self, texts: Sequence[str], role: str | None, truncations: _Truncations
+    def preprocess_with(
+        self, truncations: Truncations, texts: Sequence[str], role: str | None
     ) -> Features:
         """Tokenise as the SentenceTransformer does for that role; add the special-tokens mask."""
         self.check_role(role)
         prompt, task = self.prompt_of(role)
         flags = {"return_special_tokens_mask": True, "return_offsets_mapping": True}
-        if not getattr(self.split_tokenizer, "is_fast", False):
+        if not getattr(self.tokenizer, "is_fast", False):
             flags.pop("return_offsets_mapping")
         features: Features = self.model.preprocess(
             list(texts), prompt=prompt, processing_kwargs={"text": flags}, **task
@@ -381,85 +387,14 @@ class SiameseEncoder(nn.Module):
         return None if name is None else self.model.prompts[name]
 
     @property
-    def split_tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         """The tokenizer of the underlying transformer."""
         return self.model[0].tokenizer
 
     def _probe_features(self) -> Features:
-        with _Truncations(self) as truncations:
-            features = self._preprocess(_PROBE_TEXTS[:1], None, truncations)
+        with Truncations(self) as truncations:
+            features = self.preprocess_with(truncations, _PROBE_TEXTS[:1], None)
         return features_to(features, self.device)
-
-
-class _Truncations:
-    """Collect what the model's window cut off, and warn once at the end."""
-
-    def __init__(self, encoder: SiameseEncoder, *, only_longer: bool = False) -> None:
-        self._encoder = encoder
-        self._only_longer = only_longer
-        self._cut: list[int] = []
-        self._seen = 0
-
-    def __enter__(self) -> _Truncations:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        if error is not None or not self._cut:
-            return
-        if self._only_longer:
-            if max(self._cut) <= self._encoder._warned_length:
-                return
-            self._encoder._warned_length = max(self._cut)
-        warnings.warn(
-            f"{len(self._cut)} of {self._seen} texts are longer than the model's window of "
-            f"{self._encoder.max_length} tokens; up to {max(self._cut)} tokens of a text were cut. "
-            "Scores and attributions are of the truncated texts. Set `model.max_length` if the "
-            "model allows more.",
-            TruncationWarning,
-            stacklevel=4,
-        )
-
-    def look_at(self, texts: Sequence[str], features: Features, prompt: str | None) -> None:
-        """Measure the texts that fill the window: only they can have been cut."""
-        self._seen += len(texts)
-        window = self._encoder.max_length
-        if window is None or features["input_ids"].shape[1] < window:
-            return
-        full = (features["attention_mask"].sum(dim=1) >= window).nonzero().flatten().tolist()
-        tokenizer = self._encoder.split_tokenizer
-        for row in full:
-            ids = tokenizer((prompt or "") + texts[row], truncation=False, verbose=False)
-            if (cut := len(ids["input_ids"]) - window) > 0:
-                self._cut.append(cut)
-
-
-def check_texts(texts: Sequence[str], side: str = "texts") -> None:
-    """Raise InputError for the first text that is no string, or empty.
-
-    Args:
-        texts: The texts of one side.
-        side: The name of the argument, for the message.
-    """
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"Expected every entry of `{side}` to be a string, but row {row} is "
-                f"{text!r} ({type(text).__name__})."
-            )
-        if not text.strip():
-            raise InputError(
-                f"Expected every entry of `{side}` to hold some text, but row {row} is {text!r}."
-            )
-
-
-def check_pairs(texts_a: Sequence[str], texts_b: Sequence[str]) -> None:
-    """Raise InputError where the two sides have different numbers of texts, or a bad text."""
-    if len(texts_a) != len(texts_b):
-        raise InputError(
-            f"Expected as many texts on both sides, but got {len(texts_a)} and {len(texts_b)}."
-        )
-    check_texts(texts_a, "texts_a")
-    check_texts(texts_b, "texts_b")
 
 
 def _head(model: SentenceTransformer, similarity: str | None) -> str:
@@ -474,8 +409,8 @@ def _head(model: SentenceTransformer, similarity: str | None) -> str:
     own = model.similarity_fn_name
     if own not in SIMILARITIES:
         raise ModelError(
-            f"Expected a model that scores by cosine or dot product, but its similarity function is "
-            f"{own!r}, which has no exact split over token pairs. Set `model.similarity=cos` or "
+            f"Expected a model that scores by cosine or dot product, but its similarity function "
+            f"is {own!r}, which has no exact split over token pairs. Set `model.similarity=cos` or "
             "`dot` to explain that score instead."
         )
     return SIMILARITIES[own]
@@ -503,13 +438,9 @@ def _row_keys(rows: ReferenceRows) -> list[Hashable]:
     ids, attention = features["input_ids"], features["attention_mask"].bool()
     device = ids.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    plain = tuple(
-        sorted((k, str(v)) for k, v in features.items() if not isinstance(v, Tensor))
-    )
+    plain = tuple(sorted((k, str(v)) for k, v in features.items() if not isinstance(v, Tensor)))
     pairs = zip(ids.tolist(), attention.tolist(), strict=True)
     return [
         (tuple(i for i, real in zip(row, mask, strict=True) if real), plain, autocast)
         for row, mask in pairs
     ]
-
-

@@ -1,10 +1,10 @@
 """Integrate token derivatives along attribution paths: fixed rules, and panels to a tolerance.
 
 Adaptive integration plans cheaply and integrates once. The total derivative along a path costs one
-tangent where the token vectors cost S, and its integral over any panel [α, β] is known exactly, from
-the embeddings at both ends: ẽ(x(β)) − ẽ(x(α)). So panels are bisected on exact errors, and only the
-final nodes carry the tangent of every token. Many texts of one length refine independently but are
-evaluated together.
+tangent where the token vectors cost S, and its integral over any panel [α, β] is known exactly,
+from the embeddings at both ends: ẽ(x(β)) − ẽ(x(α)). So panels are bisected on exact errors, and
+only the final nodes carry the tangent of every token. Many texts of one length refine independently
+but are evaluated together.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from xsiam.split import Features, SplitModel, select_rows
 _PLAN_SHARE = 0.5
 # A lower order is tried on a panel only where the error lies this far below what is allowed.
 _DOWNGRADE_SHARE = 1e-2
-# Bounds of the ratio by which a panel's exact total error scales its embedded token differences: the
-# ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing.
+# Bounds of the ratio by which a panel's exact total error scales its embedded token differences:
+# the ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing.
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-3
 _NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are noise
@@ -69,7 +69,7 @@ class PathGroup:
         return torch.cat(parts).cpu().double()
 
     def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embeddings and total derivatives at x(α) for (text, α) pairs, each [n, K] float64."""
+        """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
         step = self._rows_per_call(2)
         embeddings, derivatives = [], []
         for i in range(0, len(rows), step):
@@ -138,7 +138,7 @@ class PathGroup:
         config = self.split.model.config
         inner = getattr(config, "intermediate_size", None) or 4 * width
         heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
-        per_token = 8 * width + 4 * inner + 3 * heads * length  # type: ignore[operator]
+        per_token = 8 * width + 4 * inner + 3 * heads * length
         return int(self.start.element_size() * length * per_token)
 
 
@@ -230,15 +230,28 @@ class _Panel:
 
     @property
     def alphas(self) -> Tensor:
+        """The nodes, as positions on the whole path."""
         return self.left + (self.right - self.left) * self.rule.nodes
 
     @property
     def weights(self) -> Tensor:
         return (self.right - self.left) * self.rule.weights
 
+    @property
+    def embedded_weights(self) -> Tensor:
+        assert self.rule.embedded_weights is not None
+        return (self.right - self.left) * self.rule.embedded_weights
+
     def increment(self) -> Tensor:
-        assert self.start is not None and self.end is not None
+        """Return what the total derivative integrates to over the panel, exactly."""
+        assert self.start is not None
+        assert self.end is not None
         return self.end - self.start
+
+    def total_error(self) -> Tensor:
+        """Return the exact error of the sum over tokens, [K], once vectors are there."""
+        assert self.vectors is not None
+        return self.vectors.sum(1) - self.increment()
 
     def halves(self) -> tuple[_Panel, _Panel]:
         middle = (self.left + self.right) / 2
@@ -253,11 +266,14 @@ class _Panel:
         The difference to the embedded rule is the error of the lower rule; it is scaled by how much
         the higher rule beats the lower one on the sum over tokens, which is known exactly.
         """
-        assert self.vectors is not None and self.embedded is not None
-        difference = self.vectors - self.embedded
-        exact = (self.vectors.sum(1) - self.increment()).norm()
-        ratio = _RATIO_SAFETY * exact / difference.sum(1).norm().clamp_min(1e-300)
-        return difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
+        assert self.vectors is not None
+        assert self.embedded is not None
+        difference: Tensor = self.vectors - self.embedded
+        ratio = (
+            _RATIO_SAFETY * self.total_error().norm() / difference.sum(1).norm().clamp_min(1e-300)
+        )
+        errors: Tensor = difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
+        return errors
 
 
 @dataclass
@@ -304,8 +320,7 @@ class _Text:
 
     def is_above_noise(self, token_errors: Tensor, panel: _Panel) -> bool:
         """Whether bisecting an evaluated panel can still lower its error."""
-        assert panel.vectors is not None
-        exact = float((panel.vectors.sum(1) - panel.increment()).norm())
+        exact = float(panel.total_error().norm())
         return max(exact, float(token_errors.max())) > self.floor(panel)
 
     def split_panel(self, panel: _Panel) -> list[_Panel]:
@@ -322,11 +337,11 @@ class _Text:
         """Bisect evaluated panels where the completeness or token error is still too large."""
         if any(p.vectors is None for p in self.panels):
             return
-        total = sum(p.vectors.sum(1) - p.increment() for p in self.panels)  # type: ignore[union-attr]
+        total = torch.stack([p.total_error() for p in self.panels]).sum(0)
         limit = self.tolerance * self.scale
         shares = [p.token_errors() for p in self.panels]
         token_error = float(torch.stack(shares).sum(0).max())
-        if (float(torch.as_tensor(total).norm()) <= limit and token_error <= limit) or not allowed:
+        if (float(total.norm()) <= limit and token_error <= limit) or not allowed:
             return
         left = token_error
         room = (self.max_nodes - self.n_evaluated) // (2 * _TOP_RULE.n_nodes)
@@ -389,7 +404,7 @@ def _evaluate(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None
     weights = torch.stack(
         [
             torch.cat([p.weights for _, p in pending]),
-            torch.cat([(p.right - p.left) * p.rule.embedded_weights for _, p in pending]),
+            torch.cat([p.embedded_weights for _, p in pending]),
         ]
     )
     sums = group.token_sums(rows, alphas, weights, panels)
@@ -422,7 +437,8 @@ def _assemble(
     panels: Sequence[_Panel], tolerance: float, n_nodes: int, estimated: bool = True
 ) -> Integrated:
     first, last = panels[0], panels[-1]
-    assert first.start is not None and last.end is not None
+    assert first.start is not None
+    assert last.end is not None
     delta = last.end - first.start
     scale = _scale(delta, first.start)
     vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)

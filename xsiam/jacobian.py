@@ -54,9 +54,9 @@ def feature_derivatives(tail: Tail, points: Tensor, directions: Tensor, token: i
 
 
 def total_derivative(tail: Tail, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings [n, K] at ``points`` and their derivatives [n, K] along ``directions``."""
-    embedding, derivative = jvp(tail, (points,), (directions,))
-    return embedding, derivative
+    """Return embeddings and their derivatives along ``directions``, each [n, K]."""
+    result = jvp(tail, (points,), (directions,))
+    return result[0], result[1]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Quadrature on [0, 1]: fixed rules, and nested panel rules for adaptive refinement.
 
-Nodes are built from integers (``torch.arange(1, 0, -1/N)`` yields N + 1 points for some N). All nodes
-and weights are float64.
+Nodes are built from integers (``torch.arange(1, 0, -1/N)`` yields N + 1 points for some N). All
+nodes and weights are float64.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Rule:
     Attributes:
         nodes: [n] float64.
         weights: [n] float64.
-        embedded_weights: [n] float64, a rule of lower degree on the same nodes whose difference from
-            ``weights`` estimates an error, or None.
+        embedded_weights: [n] float64, a rule of lower degree on the same nodes whose difference
+            from ``weights`` estimates an error, or None.
     """
 
     nodes: Tensor
@@ -72,7 +72,9 @@ def gauss_legendre(n_nodes: int) -> Rule:
     """
     nodes, weights = np.polynomial.legendre.leggauss(n_nodes)
     top = np.polynomial.legendre.Legendre.basis(n_nodes - 1)(nodes)
-    embedded = None if n_nodes == 1 else torch.from_numpy(weights * (1 - (2 * n_nodes - 1) * top)) / 2
+    embedded = (
+        None if n_nodes == 1 else torch.from_numpy(weights * (1 - (2 * n_nodes - 1) * top)) / 2
+    )
     return Rule(torch.from_numpy(nodes + 1) / 2, torch.from_numpy(weights) / 2, embedded)
 
 

@@ -1,10 +1,10 @@
 """References: the neutral input where an attribution path starts (Captum says *baseline*).
 
-A reference answers one question: which hidden states stand for "nothing was said", for texts of these
-lengths, at this layer? The encoder subtracts its embedding (the reference shift), the attribution
-integrates from its hidden states. To add a reference, subclass :class:`AbstractReference`, implement
-:meth:`~AbstractReference.rows`, and decorate the class with ``@register_reference``; nothing else in
-the library needs to know.
+A reference answers one question: which hidden states stand for "nothing was said", for texts of
+these lengths, at this layer? The encoder subtracts its embedding (the reference shift), the
+attribution integrates from its hidden states. To add a reference, subclass
+:class:`AbstractReference`, implement :meth:`~AbstractReference.rows`, and decorate the class with
+``@register_reference``; nothing else in the library needs to know.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AbstractReference(ABC):
     def rows(self, split: SplitModel, features: Features) -> ReferenceRows:
         """Return the distinct references of a padded batch of texts."""
 
-    def check(self, split: SplitModel, features: Features) -> None:
+    def check(self, split: SplitModel, features: Features) -> None:  # noqa: B027 - may stay empty
         """Raise ModelError, with the reason, where ``split`` does not allow this reference."""
 
     def embedding(self, split: SplitModel, features: Features) -> Tensor:
@@ -119,7 +119,7 @@ class PadReference(AbstractReference):
 
     def rows(self, split: SplitModel, features: Features) -> ReferenceRows:
         """Return one row per distinct reference, padded like the batch."""
-        pad = _pad_id(split)
+        pad = pad_id(split.tokenizer)
         if "special_tokens_mask" not in features:
             raise ModelError(
                 f"Expected features with a special-tokens mask for reference 'pad', but got "
@@ -134,19 +134,16 @@ class PadReference(AbstractReference):
         rows = select_rows(features | {"input_ids": reference_ids}, first)
         return ReferenceRows(features=rows, inverse=inverse)
 
-    def check(self, split: SplitModel, features: Features) -> None:
-        """Raise ModelError where the tokenizer has no pad token."""
-        _pad_id(split)
-
 
 @register_reference
 class UniformReference(AbstractReference):
     """One hidden vector c, repeated at every position of the embedding output (ours).
 
-    c is the embedding module's output for PAD without its absolute position. Attention over identical
-    values returns that value whatever the weights, so every layer keeps all positions identical and
-    e(r) depends on no length: the shift is one constant. Exact for softmax attention with mean, CLS,
-    last-token, weighted-mean or max pooling; encoders that mix tokens otherwise are refused at load.
+    c is the embedding module's output for PAD without its absolute position. Attention over
+    identical values returns that value whatever the weights, so every layer keeps all positions
+    identical and e(r) depends on no length: the shift is one constant. Exact for softmax attention
+    with mean, CLS, last-token, weighted-mean or max pooling; encoders that mix tokens otherwise are
+    refused at load.
     """
 
     name = "uniform"
@@ -165,7 +162,7 @@ class UniformReference(AbstractReference):
             return split.capture(single, 0)
 
     def check(self, split: SplitModel, features: Features) -> None:
-        """Raise ModelError where e(r) depends on the length, naming the spread that was measured."""
+        """Raise ModelError, with the measured spread, where e(r) depends on the length."""
         device = features["input_ids"].device
         with torch.no_grad(), evaluation_mode(split.model):
             start = self.vector(split, self._features_of_length(split, features, 1, device))
@@ -184,8 +181,8 @@ class UniformReference(AbstractReference):
         spread = (stacked - stacked[0]).norm(dim=1).max() / scale
         if not torch.isfinite(spread) or spread > LENGTH_FREE_TOLERANCE:
             raise ModelError(
-                f"Expected e(r) of reference {self.name!r} to be the same for every length, but over "
-                f"lengths {LENGTHS_CHECKED} it differs by {spread.item():.1e} (limit "
+                f"Expected e(r) of reference {self.name!r} to be the same for every length, but "
+                f"over lengths {LENGTHS_CHECKED} it differs by {spread.item():.1e} (limit "
                 f"{LENGTH_FREE_TOLERANCE:.0e}): {split.name} or its pooling mixes tokens otherwise "
                 "than by softmax attention. Set `model.reference=pad`."
             )
@@ -196,7 +193,7 @@ class UniformReference(AbstractReference):
     ) -> Features:
         """Return features of ``length`` PADs, all attended; a prompt belongs to texts only."""
         single: dict[str, Any] = {
-            "input_ids": torch.full((1, length), _pad_id(split), device=device),
+            "input_ids": torch.full((1, length), pad_id(split.tokenizer), device=device),
             "attention_mask": torch.ones(1, length, dtype=torch.long, device=device),
         }
         if "token_type_ids" in features:
@@ -206,10 +203,9 @@ class UniformReference(AbstractReference):
         return {**kept, **single}
 
 
-def _pad_id(split: SplitModel) -> int:
-    """Return the tokenizer's pad id."""
-    tokenizer = split.transformer.tokenizer
-    pad = tokenizer.pad_token_id  # type: ignore[union-attr]
+def pad_id(tokenizer: Any) -> int:
+    """Return the tokenizer's pad id; raise ModelError where it has none."""
+    pad = tokenizer.pad_token_id
     if pad is None:
         raise ModelError(
             f"Expected a tokenizer with a pad token, but {type(tokenizer).__name__} has none. "

@@ -35,9 +35,9 @@ class PairAttribution:
     """The score of two texts, split over their tokens.
 
     ``score = matrix.sum() + main_effects_a.sum() + main_effects_b.sum() + intercept + residual``.
-    For a model with a reference shift the main effects and the intercept vanish and the matrix alone
-    sums to the score. An entry at layer l belongs to the contextualised positions that enter block l,
-    not to "the word alone"; layer 0 is closest to the word.
+    For a model with a reference shift the main effects and the intercept vanish and the matrix
+    alone sums to the score. An entry at layer l belongs to the contextualised positions that enter
+    block l, not to "the word alone"; layer 0 is closest to the word.
 
     Attributes:
         text_a: The first text, without prompt.
@@ -127,8 +127,8 @@ class PairAttribution:
     def bordered(self) -> Tensor:
         """Return the matrix with main effects and intercept, [S_a + 1, S_b + 1].
 
-        The last column holds the main effects of text a, the last row those of text b, the corner the
-        intercept; all entries sum to ``score − residual``.
+        The last column holds the main effects of text a, the last row those of text b, the corner
+        the intercept; all entries sum to ``score − residual``.
         """
         right = torch.cat([self.main_effects_a, self.matrix.new_tensor([self.intercept])])
         top = torch.cat([self.matrix, self.main_effects_b[None]])
@@ -181,7 +181,9 @@ class PairAttribution:
                 metadata: Mapping[str, str] = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise CheckpointError(f"Expected a saved attribution in {path}, but {error}.") from error
+            raise CheckpointError(
+                f"Expected a saved attribution in {path}, but {error}."
+            ) from error
         if "xsiam" not in metadata:
             raise CheckpointError(f"Expected a saved attribution in {path}, but it holds none.")
         if int(metadata["format_version"]) > FORMAT_VERSION:
@@ -192,5 +194,7 @@ class PairAttribution:
         plain = json.loads(metadata["xsiam"])
         for name in (f.name for f in dataclasses.fields(cls) if f.name.startswith("offsets")):
             plain[name] = [tuple(span) for span in plain[name]]
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
+        }
         return cls(**values, **tensors)

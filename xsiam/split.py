@@ -1,9 +1,9 @@
 """A sentence encoder cut at any layer: what goes in, what comes out, and a tail to differentiate.
 
 The model's own forward does all the work. A pre-hook on the blocks replaces (or reads) the hidden
-states that enter block call ``l``, so masks, relative position biases, final norms, pooling and Dense
-modules need no code of ours, and every Hugging Face encoder whose blocks sit in one ``ModuleList``
-works without a line written for it.
+states that enter block call ``l``, so masks, relative position biases, final norms, pooling and
+Dense modules need no code of ours, and every Hugging Face encoder whose blocks sit in one
+``ModuleList`` works without a line written for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Features = dict[str, Any]
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818 - ends a forward, is no error
     """Ends a forward once the hidden states that were asked for are known."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -34,9 +34,9 @@ class _Captured(Exception):
 class SplitModel:
     """Run a stack of sentence-transformers modules from, or up to, any layer.
 
-    Layer ``l`` for ``0 <= l < L`` means the hidden states that enter the ``l``-th block CALL; ``l = L``
-    is ``last_hidden_state``, from which only pooling and what follows it remain. Calls are counted, so
-    that one shared block called L times (ALBERT) has L layers.
+    Layer ``l`` for ``0 <= l < L`` means the hidden states that enter the ``l``-th block CALL; ``l =
+    L`` is ``last_hidden_state``, from which only pooling and what follows it remain. Calls are
+    counted, so that one shared block called L times (ALBERT) has L layers.
 
     Args:
         modules: The modules in order, the first one a sentence-transformers ``Transformer``.
@@ -49,7 +49,8 @@ class SplitModel:
     def __init__(self, modules: Sequence[nn.Module], probe: Features) -> None:
         self.modules = tuple(modules)
         self.transformer = modules[0]
-        self.model: nn.Module = modules[0].auto_model  # type: ignore[assignment]
+        self.model: Any = modules[0].auto_model
+        self.tokenizer: Any = modules[0].tokenizer
         self.calls, self._tensor_outputs = self._find_blocks(probe)
         self.blocks = tuple(dict.fromkeys(self.calls))
         # A block that is called once and returns its hidden states alone can be stepped over.
@@ -161,7 +162,7 @@ class SplitModel:
 
     @contextmanager
     def _hooked(self, inject: int, hidden: Tensor | None, capture: int | None) -> Iterator[None]:
-        """Replace the input of block call ``inject`` and end the forward at block call ``capture``."""
+        """Replace the input of one block call and end the forward at another."""
         count = 0
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,7 +188,7 @@ class SplitModel:
         skipped = self.blocks[:layer] if self._can_skip else ()
         own = [vars(block).get("forward") for block in skipped]  # offloading tools set one
         for block in skipped:
-            block.forward = _identity  # type: ignore[method-assign]
+            block.forward = _identity
         try:
             yield
         finally:
@@ -195,7 +196,7 @@ class SplitModel:
                 if forward is None:
                     del block.forward
                 else:
-                    block.forward = forward  # type: ignore[method-assign]
+                    block.forward = forward
 
 
 @contextmanager

@@ -13,8 +13,9 @@ class WeightsWatch:
     """Tell cheaply whether a module still computes what it computed before.
 
     The key holds, for every parameter and buffer, its storage address, version counter and a random
-    bilinear form of its values; and the state of any adapters. In-place updates by an optimizer raise
-    the version, ``load_state_dict`` too; writes through ``.data`` do neither but change the form.
+    bilinear form of its values; and the state of any adapters. In-place updates by an optimizer
+    raise the version, ``load_state_dict`` too; writes through ``.data`` do neither but change the
+    form.
     """
 
     def __init__(self, module: nn.Module) -> None:

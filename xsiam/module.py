@@ -1,0 +1,261 @@
+"""The LightningModule: an encoder with an objective, an optimiser and its metrics."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from xsiam.checkpoint import check_format
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import CheckpointError, InputError
+from xsiam.losses import get_objective
+from xsiam.metrics import PairCorrelation
+
+__all__ = ["SCHEDULES", "SiameseModule"]
+
+Batch = dict[str, Any]
+
+SCHEDULES = ("linear", "constant")
+"""Learning rate schedules after the warm-up: falling to 0 at the last step, or staying."""
+
+_STAGES = ("val", "test")
+_SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=-1),
+    "dot": lambda a, b: (a * b).sum(dim=-1),
+}
+
+
+class SiameseModule(LightningModule):
+    """Train a Siamese encoder on batches of `xsiam.data.PairDataModule`.
+
+    Logs ``train/loss`` each step and, for validation, ``val/loss``, ``val/spearman_cosine``,
+    ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same under
+    ``test/``. Validation and test values are those of all pairs on all processes, each counted
+    once. Pairs without labels have no correlation.
+
+    Defaults are the published recipe: AdamW, no decay on biases and LayerNorm, linear warm-up over
+    the first tenth of the steps, then linear decay to 0.
+
+    Args:
+        encoder: The model to train.
+        objective: Registered name of the objective, see `xsiam.losses`.
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of weight matrices; vectors (biases, LayerNorm) have none.
+        warmup_fraction: Share of the steps over which the learning rate rises from 0.
+        schedule: "linear" or "constant", see `SCHEDULES`.
+
+    Attributes:
+        undefined: Keys that the last validation or test could not log, and why.
+
+    Raises:
+        InputError: If an argument does not meet its constraint.
+
+    References:
+        Moeller et al. (EMNLP 2023), training recipe of the reference code.
+    """
+
+    def __init__(
+        self,
+        encoder: SiameseEncoder,
+        objective: str = "mse_cosine",
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.01,
+        warmup_fraction: float = 0.1,
+        schedule: str = "linear",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["encoder"])
+        self.encoder = encoder
+        self.objective = get_objective(objective)
+        self.learning_rate = _check(learning_rate, "learning_rate", "above 0", learning_rate > 0)
+        self.weight_decay = _check(weight_decay, "weight_decay", "0 or more", weight_decay >= 0)
+        self.warmup_fraction = _check(
+            warmup_fraction, "warmup_fraction", "between 0 and 1", 0 <= warmup_fraction <= 1
+        )
+        if schedule not in SCHEDULES:
+            raise InputError(
+                f"Expected a schedule out of {', '.join(SCHEDULES)}, but got {schedule!r}. "
+                "Set `optimizer.schedule`."
+            )
+        self.schedule = schedule
+        self.undefined: dict[str, str] = {}
+        self.mean_losses = nn.ModuleDict(
+            {stage: MeanMetric(nan_strategy="disable") for stage in _STAGES}
+        )
+        self.correlations = nn.ModuleDict(
+            {f"{stage}_{name}": PairCorrelation() for stage in _STAGES for name in _SIMILARITIES}
+        )
+
+    def setup(self, stage: str) -> None:
+        """Freeze what embeddings do not depend on (DDP waits for gradients) and turn dropout on."""
+        if stage == "fit":
+            self.encoder.freeze_unused_parameters()
+            # Loaded models are in eval mode, and Lightning trains in the mode that it finds.
+            self.train()
+
+    def forward(self, features: Batch) -> Tensor:
+        """Embed a batch of features: [n, K]."""
+        embeddings: Tensor = self.encoder(features)
+        return embeddings
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch and log it."""
+        loss = self.objective(*self._embed(batch), batch.get("label"))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take a batch into the validation metrics."""
+        self._update("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take a batch into the test metrics."""
+        self._update("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._reset("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._reset("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW and its schedule, which moves every step."""
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise InputError(
+                "Expected training to have an end, but it has neither epochs nor steps. "
+                "Set `trainer.max_epochs` or `trainer.max_steps`."
+            )
+        warmup = math.ceil(self.warmup_fraction * steps)
+        if self.schedule == "linear":
+            scheduler = get_linear_schedule_with_warmup(optimizer, warmup, int(steps))
+        else:
+            scheduler = get_constant_schedule_with_warmup(optimizer, warmup)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": "step",
+                "name": "train/learning_rate",
+            },
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `SiameseEncoder.from_pretrained` needs to rebuild the encoder."""
+        checkpoint["xsiam"] = {
+            **self.encoder.checkpoint_payload(),
+            "objective": self.objective.name,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse checkpoints that are not ours or of a newer format.
+
+        Raises:
+            CheckpointError: If the checkpoint is one of these.
+        """
+        payload = checkpoint.get("xsiam")
+        if not isinstance(payload, dict):
+            raise CheckpointError(
+                "Expected a checkpoint written by xsiam, but it carries no encoder. Set `resume`."
+            )
+        check_format(payload.get("format_version"), "the checkpoint")
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embed both sides; scores and losses are float32 whatever the precision of training."""
+        a, b = self(batch["a"]), self(batch["b"])
+        return (a, b) if a.dtype == torch.float64 else (a.float(), b.float())
+
+    def _update(self, stage: str, batch: Batch) -> None:
+        a, b = self._embed(batch)
+        labels = batch.get("label")
+        if labels is not None or not self.objective.needs_label:
+            # Weighted by the number of pairs, so that uneven batches and processes do not matter.
+            self._mean_loss(stage).update(self.objective(a, b, labels), weight=len(a))
+        if labels is not None:
+            for name, similarity in _SIMILARITIES.items():
+                self._correlation(stage, name).update(similarity(a, b), labels, batch["index"])
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log the gathered metrics of a stage; what is undefined is not logged but explained."""
+        self.undefined = {}
+        if self._mean_loss(stage).update_called:
+            loss = self._mean_loss(stage).compute()
+            self._log_or_explain(
+                f"{stage}/loss",
+                loss if torch.isfinite(loss) else None,
+                f"the loss is {loss.item()}",
+            )
+        for name in _SIMILARITIES:
+            metric = self._correlation(stage, name)
+            if metric.update_called:
+                result = metric.compute()
+                for kind in ("spearman", "pearson"):
+                    value, reason = getattr(result, kind), str(result.undefined)
+                    self._log_or_explain(f"{stage}/{kind}_{name}", value, reason)
+        self._reset(stage)
+
+    def _log_or_explain(self, key: str, value: Tensor | None, reason: str) -> None:
+        if value is None:
+            self.undefined[key] = reason
+            if self.global_rank == 0:
+                warnings.warn(f"`{key}` is undefined: {reason}.", RuntimeWarning, stacklevel=2)
+        else:
+            # Already over all processes: the same number everywhere, nothing to synchronise.
+            self.log(key, value.float(), prog_bar="spearman" in key)
+
+    def _reset(self, stage: str) -> None:
+        self._mean_loss(stage).reset()
+        for name in _SIMILARITIES:
+            self._correlation(stage, name).reset()
+
+    def _mean_loss(self, stage: str) -> MeanMetric:
+        return cast(MeanMetric, self.mean_losses[stage])
+
+    def _correlation(self, stage: str, name: str) -> PairCorrelation:
+        return cast(PairCorrelation, self.correlations[f"{stage}_{name}"])
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return weights with decay, and vectors (biases, LayerNorm) without."""
+        trained = [p for p in self.encoder.parameters() if p.requires_grad]
+        return [
+            {
+                "params": [p for p in trained if p.ndim > 1],
+                "weight_decay": self.weight_decay,
+                "name": "decayed",
+            },
+            {
+                "params": [p for p in trained if p.ndim <= 1],
+                "weight_decay": 0.0,
+                "name": "not_decayed",
+            },
+        ]
+
+
+def _check(value: float, name: str, expected: str, holds: bool) -> float:
+    if not holds:
+        raise InputError(
+            f"Expected `{name}` to be {expected}, but got {value}. Set `optimizer.{name}`."
+        )
+    return value

@@ -1,0 +1,548 @@
+"""A training run from its configuration: check everything, train, test the best, export it.
+
+A run can be repeated and interrupted: see `xsiam.resume`. Several processes run this same function;
+files are written by the first one only.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from xsiam.checkpoint import read_checkpoint
+from xsiam.config import AttributionConfig, TrainConfig, TrainerConfig, save_config, to_dict
+from xsiam.data import PairDataModule
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import CheckpointError, InputError, ModelError
+from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
+from xsiam.losses import get_objective
+from xsiam.metrics import undefined_reason
+from xsiam.module import SiameseModule
+from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
+
+__all__ = ["TrainingResult", "run_training"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, by the convention of shells."""
+
+AUTO_RESUME = "auto"
+"""Value of `resume` that takes the last checkpoint of the output folder, if there is one."""
+
+_CORRELATIONS = tuple(
+    f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
+)
+# What Lightning warns of although it is meant to be so here, or cannot be changed.
+_EXPECTED_WARNINGS = (
+    r".*does not have many workers",  # tokenising takes little; `data.num_workers` is there
+    r".*number of training batches .* is smaller than the logging interval",
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run
+    r".*recommended to use `self\.log\(.*sync_dist=True",  # values are gathered already
+    r".*dirpath has changed from",  # resumed from the checkpoint of another run
+    r".*LeafSpec",  # lightning 2.6 on torch 2.13
+)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a run has left what.
+
+    Attributes:
+        best_checkpoint: Checkpoint that is best by the monitored metric; the last state where there
+            was no validation.
+        last_checkpoint: Checkpoint to resume from.
+        export: Folder of the best weights in sentence-transformers' format.
+        tensorboard_dir: Folder of event files.
+        results_path: `results.json`.
+        metrics: Its flat metrics: those of the best validation, and of the test.
+    """
+
+    best_checkpoint: Path
+    last_checkpoint: Path
+    export: Path
+    tensorboard_dir: Path
+    results_path: Path
+    metrics: dict[str, float]
+
+
+class CheckMonitor(Callback):
+    """Stop with the reason where the metric that checkpoints are chosen by was not logged.
+
+    Args:
+        monitor: Key of the metric.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ModelError for an undefined metric and InputError for an unknown one."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        reason = getattr(pl_module, "undefined", {}).get(self.monitor)
+        if reason is not None:
+            raise ModelError(
+                f"Expected `{self.monitor}` to choose the best checkpoint by, but it is undefined: "
+                f"{reason}. Set a lower `optimizer.learning_rate`, or another `checkpoint.monitor`."
+            )
+        if self.monitor not in trainer.callback_metrics:
+            raise InputError(
+                "Expected `checkpoint.monitor` to be a metric of the validation "
+                f"({', '.join(sorted(trainer.callback_metrics))}), but got {self.monitor!r}. "
+                "Set `checkpoint.monitor`."
+            )
+
+
+def run_training(config: TrainConfig) -> TrainingResult:
+    """Train, then test and export the best weights.
+
+    Everything that can be wrong in configuration, model and data is checked before training begins.
+
+    Args:
+        config: The run, see `xsiam.config.TrainConfig`.
+
+    Returns:
+        Where everything is. On processes other than the first the files may not exist yet.
+
+    Raises:
+        InputError: If the configuration or the data do not meet a constraint, or the output folder
+            holds a run and `resume` is not set.
+        ModelError: If the model cannot be used, or training diverged.
+        CheckpointError: If the checkpoint to resume from cannot be used.
+        SystemExit: With code 130 after Ctrl-C, when the state has been saved.
+    """
+    output = Path(config.output_dir).expanduser()
+    _check_accelerator(config.trainer.accelerator)
+    resume = _resume_path(config, output)
+    get_objective(config.objective.name)
+    seed_everything(config.seed, workers=True, verbose=False)
+    with _quiet(), Interruption() as interruption:
+        module = build_module(config)
+        data = build_data(config, module)
+        _check_run(config, module, data, resume)
+        run = _Run(config, output, module, data, interruption)
+        return run.execute(resume)
+
+
+def build_module(config: TrainConfig) -> SiameseModule:
+    """Return the module that is trained.
+
+    Raises:
+        InputError: If a setting of model, objective or optimiser does not meet its constraint.
+        ModelError: If the model cannot be loaded or used.
+    """
+    model = config.model
+    named = {} if model.prompt is None else {"default": model.prompt}
+    encoder = SiameseEncoder.from_pretrained(
+        model.name,
+        similarity=model.similarity,
+        shift=model.shift,
+        reference=model.reference,
+        normalize=model.normalize,
+        max_length=model.max_length,
+        truncate_dim=model.truncate_dim,
+        prompts=named or None,
+        default_prompt_name="default" if named else None,
+        device="cpu",
+    )
+    for role in (model.role_a, model.role_b):
+        encoder.check_role(role)
+    optimizer = config.optimizer
+    return SiameseModule(
+        encoder,
+        config.objective.name,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        warmup_fraction=optimizer.warmup_fraction,
+        schedule=optimizer.schedule,
+    )
+
+
+def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
+    """Return the pairs, all of them read and checked.
+
+    Raises:
+        InputError: If a file, column, text or label does not meet its constraint.
+    """
+    pairs = PairDataModule(
+        module.encoder.preprocess,
+        **to_dict(config.data),
+        seed=config.seed,
+        role_a=config.model.role_a,
+        role_b=config.model.role_b,
+        needs_label=module.objective.needs_label,
+        expected_range=module.objective.label_range,
+    )
+    pairs.pairs("train")
+    pairs.setup("fit")
+    return pairs
+
+
+class _Run:
+    """One run: its trainer, and the steps from training to results."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        module: SiameseModule,
+        data: PairDataModule,
+        interruption: Interruption,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.module = module
+        self.data = ResumableData(data)
+        self.validates = _validates(config, data)
+        self.checkpoints = output / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = ModelCheckpoint(
+            self.checkpoints,
+            "best",
+            monitor=config.checkpoint.monitor or _default_monitor(module),
+            mode=config.checkpoint.mode,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+        self.history = HistoryLogger()
+        self.keeper = KeepHistory(self.history)
+        tensorboard = TensorBoardLogger(output, "tensorboard", version="", default_hp_metric=False)
+        self.trainer = _build_trainer(
+            config.trainer,
+            output,
+            loggers=[tensorboard, self.history],
+            callbacks=self._callbacks(data, interruption),
+        )
+
+    def execute(self, resume: Path | None) -> TrainingResult:
+        """Train, test, export and write the results."""
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            save_config(self.config, self.output / "config.yaml")
+        self._fit(resume)
+        best = self._load_best()
+        metrics = self._metrics(best)
+        if trainer.is_global_zero:
+            self.module.encoder.save_pretrained(self.output / "export")
+            write_results(self.output / "results.json", metrics, self._facts())
+        trainer.strategy.barrier("results")
+        return TrainingResult(
+            best_checkpoint=self.checkpoints / "best.ckpt",
+            last_checkpoint=self.last,
+            export=self.output / "export",
+            tensorboard_dir=self.output / "tensorboard",
+            results_path=self.output / "results.json",
+            metrics=metrics,
+        )
+
+    def _callbacks(self, data: PairDataModule, interruption: Interruption) -> list[Callback]:
+        """Return the callbacks; the order matters, since checkpoints hold what came before."""
+        config = self.config
+        callbacks: list[Callback] = [SeededSteps(config.seed), LearningRateMonitor("step")]
+        if config.trainer.progress_bar and sys.stdout.isatty():
+            callbacks.append(RichProgressBar())
+        if self.validates:
+            monitor = self.best.monitor
+            assert monitor is not None
+            callbacks += _attribution_monitor(config, data)
+            callbacks.append(CheckMonitor(monitor))
+            stopping = config.early_stopping
+            if stopping.patience is not None:
+                callbacks.append(
+                    EarlyStopping(
+                        monitor,
+                        min_delta=stopping.min_delta,
+                        patience=stopping.patience,
+                        mode=config.checkpoint.mode,
+                        check_on_train_epoch_end=False,
+                    )
+                )
+            callbacks.append(self.best)
+        last = LastCheckpoint(self.last, config.checkpoint.every_n_steps, interruption)
+        return [*callbacks, self.keeper, last]
+
+    def _fit(self, resume: Path | None) -> None:
+        """Train; after Ctrl-C say where the state is and leave."""
+        trainer = self.trainer
+        try:
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            if trainer.is_global_zero:
+                print(_farewell(self.last, trainer.global_step), file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+    def _load_best(self) -> dict[str, Any]:
+        """Load the best weights into the module, and return the checkpoint that they are in."""
+        best = self.checkpoints / "best.ckpt"
+        recorded = self.best.best_model_path if self.validates else ""
+        if self.trainer.is_global_zero:
+            if not recorded:
+                # Never validated: the last state is the best that is known.
+                shutil.copyfile(self.last, best)
+            elif not best.is_file():
+                shutil.copyfile(recorded, best)  # resumed from another run's folder
+        self.trainer.strategy.barrier("best")
+        checkpoint = read_checkpoint(best)
+        self.module.load_state_dict(checkpoint["state_dict"])
+        return checkpoint
+
+    def _metrics(self, best: dict[str, Any]) -> dict[str, float]:
+        """Return the metrics of the best validation, and those of a test with the best weights."""
+        trainer, data = self.trainer, self.data
+        metrics: dict[str, Any] = dict(self.history.at(best["global_step"] - 1))
+        if self.validates and not self.history.validations:
+            # `max_steps` ended the run before its first validation.
+            metrics.update(trainer.validate(self.module, datamodule=data, verbose=False)[0])
+        if data.data.has("test"):
+            metrics.update(trainer.test(self.module, datamodule=data, verbose=False)[0])
+        return finite(metrics)
+
+    def _facts(self) -> dict[str, Any]:
+        trainer, encoder = self.trainer, self.module.encoder
+        score = self.best.best_model_score
+        return {
+            **run_facts(),
+            "seed": self.config.seed,
+            "config": to_dict(self.config),
+            "model": {
+                "name": self.config.model.name,
+                "architecture": encoder.split.name,
+                "fingerprint": encoder.model_fingerprint,
+                "n_layers": encoder.n_layers,
+                "embedding_dim": encoder.embedding_dim,
+            },
+            "processes": trainer.world_size,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "duration_seconds": self.keeper.seconds,
+            "best": {
+                "monitor": self.best.monitor if self.validates else None,
+                "value": None if score is None else float(score),
+            },
+            "history": self.history.validations,
+            "undefined": dict(self.module.undefined),
+        }
+
+
+def _build_trainer(
+    config: TrainerConfig, output: Path, *, loggers: list[Any], callbacks: list[Callback]
+) -> Trainer:
+    """Return the trainer; what Lightning refuses becomes an InputError."""
+    show_progress = any(isinstance(callback, RichProgressBar) for callback in callbacks)
+    try:
+        return Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]  # any text; Lightning checks it
+            max_epochs=config.max_epochs,
+            max_steps=-1 if config.max_steps is None else config.max_steps,
+            gradient_clip_val=config.gradient_clip_val,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            log_every_n_steps=config.log_every_n_steps,
+            val_check_interval=config.val_check_interval,
+            check_val_every_n_epoch=config.check_val_every_n_epoch,
+            limit_train_batches=config.limit_train_batches,
+            limit_val_batches=config.limit_val_batches,
+            deterministic=config.deterministic,
+            enable_progress_bar=show_progress,
+            enable_model_summary=False,
+            # A validation before training would draw random numbers and log at step 0.
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module knows its process
+            default_root_dir=output,
+            logger=loggers,
+            callbacks=callbacks,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise InputError(
+            f"Expected settings that the trainer can use, but got `trainer.accelerator="
+            f"{config.accelerator}`, `trainer.devices={config.devices}`, `trainer.strategy="
+            f"{config.strategy}`, `trainer.precision={config.precision}`: {error}"
+        ) from error
+
+
+def _attribution_monitor(config: TrainConfig, data: PairDataModule) -> list[Callback]:
+    """Return the monitor of attributions, or nothing where no layer is asked for."""
+    wanted: AttributionConfig = config.attribution
+    if not wanted.enabled or not wanted.layers:
+        return []
+    from xsiam.callbacks import AttributionMonitor
+
+    settings = to_dict(wanted)
+    del settings["enabled"]
+    return [
+        AttributionMonitor(
+            data.pairs("validation"),
+            **settings,
+            role_a=config.model.role_a,
+            role_b=config.model.role_b,
+        )
+    ]
+
+
+def _check_accelerator(name: str) -> None:
+    """Raise InputError where a GPU is asked for and there is none."""
+    cuda, mps = CUDAAccelerator.is_available(), MPSAccelerator.is_available()
+    present = {"gpu": cuda or mps, "cuda": cuda, "mps": mps}
+    if not present.get(name.lower(), True):
+        raise InputError(
+            f"Expected `trainer.accelerator` to be there, but got {name!r} and this machine has no "
+            "such device that PyTorch can use. Set `trainer.accelerator=cpu` or `auto`."
+        )
+
+
+def _resume_path(config: TrainConfig, output: Path) -> Path | None:
+    """Return the checkpoint to go on from, and check that no other run is overwritten."""
+    if output.exists() and not output.is_dir():
+        raise InputError(
+            f"Expected `output_dir` to be a folder, but {str(output)!r} is a file. Set `output_dir`."
+        )
+    checkpoints = output / "checkpoints"
+    finished = (output / "results.json").exists()
+    path = None
+    if config.resume == AUTO_RESUME:
+        last = checkpoints / "last.ckpt"
+        if last.is_file() or not finished:
+            return last if last.is_file() else None
+    elif config.resume is not None:
+        path = Path(config.resume).expanduser()
+        if not path.is_file():
+            raise InputError(
+                f"Expected `resume` to be a checkpoint or {AUTO_RESUME!r}, but {config.resume!r} "
+                "does not exist. Set `resume`."
+            )
+        if path.resolve().parent == checkpoints.resolve():
+            return path
+    if finished or any(checkpoints.glob("*.ckpt")):
+        raise InputError(
+            f"Expected `output_dir` to be a new folder, but {str(output)!r} holds a "
+            f"{'finished' if finished else 'started'} run. Set another `output_dir`, or "
+            "`resume=auto` to go on from its last checkpoint."
+        )
+    return path
+
+
+def _check_run(
+    config: TrainConfig, module: SiameseModule, data: PairDataModule, resume: Path | None
+) -> None:
+    """Check what concerns model, data and configuration together."""
+    if config.attribution.enabled:
+        for layer in config.attribution.layers:
+            module.encoder.check_layer(layer, key="attribution.layers")
+    validates = _validates(config, data)
+    wants = {
+        "attribution.layers": config.attribution.enabled and bool(config.attribution.layers),
+        "early_stopping.patience": config.early_stopping.patience is not None,
+    }
+    for key, wanted in wants.items():
+        if wanted and not validates:
+            raise InputError(
+                f"Expected validation pairs for `{key}`, but there are none. Set `data.validation` "
+                f"or `data.validation_fraction`, or leave `{key}` out."
+            )
+    if validates:
+        _check_monitor(config, module, data)
+    if resume is not None:
+        _check_resumable(resume, module)
+
+
+def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataModule) -> None:
+    """Raise InputError where the monitored metric is unknown or cannot be defined."""
+    monitor = config.checkpoint.monitor or _default_monitor(module)
+    layers = config.attribution.layers if config.attribution.enabled else []
+    prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
+    if monitor not in ("val/loss", *_CORRELATIONS) and not monitor.startswith(prefixes):
+        known = [*_CORRELATIONS, "val/loss", *(f"{prefix}…" for prefix in prefixes)]
+        raise InputError(
+            f"Expected `checkpoint.monitor` to be one of {', '.join(known)}, but got {monitor!r}. "
+            "Set `checkpoint.monitor`, or `attribution.layers` to monitor attributions."
+        )
+    if monitor in _CORRELATIONS:
+        import torch
+
+        labels = data.pairs("validation").labels
+        reason = "the validation pairs have no labels"
+        if labels is not None:
+            values = torch.tensor(labels)
+            # Scores that differ: only the labels can be at fault here.
+            reason = undefined_reason(torch.arange(len(labels)), values) or ""
+        if reason:
+            raise InputError(
+                f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
+                "Set `checkpoint.monitor` or other validation pairs."
+            )
+
+
+def _check_resumable(path: Path, module: SiameseModule) -> None:
+    """Raise CheckpointError where a checkpoint cannot be continued with this model."""
+    checkpoint = read_checkpoint(path)
+    missing = [key for key in ("loops", "optimizer_states") if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"Expected {str(path)!r} to hold the state of a training run, but it has no "
+            f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
+        )
+    own, theirs = module.state_dict(), checkpoint["state_dict"]
+    for name in [*own, *theirs]:
+        shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has shape "
+                f"{shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
+            )
+
+
+def _validates(config: TrainConfig, data: PairDataModule) -> bool:
+    return data.has("validation") and config.trainer.limit_val_batches != 0
+
+
+def _default_monitor(module: SiameseModule) -> str:
+    """Return the metric of the model's own score."""
+    return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
+
+
+def _farewell(last: Path, step: int) -> str:
+    if not last.is_file():
+        return "Stopped by Ctrl-C before the first step; there is nothing to save."
+    return (
+        f"Stopped by Ctrl-C after step {step}. The state is in {last}: the same command with "
+        "`resume=auto` goes on from there."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's greetings and expected warnings off the screen meanwhile."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.setLevel(level)
