@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 import xsiam
@@ -61,9 +62,8 @@ class HistoryLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Take in what a validation logged; the same step again replaces the entry."""
-        kept = finite(
-            {key: value for key, value in metrics.items() if key.startswith(("val/", "attribution/"))}
-        )
+        wanted = ("val/", "attribution/")
+        kept = finite({key: value for key, value in metrics.items() if key.startswith(wanted)})
         if not kept:
             return
         place = {"step": step or 0, "epoch": int(metrics.get("epoch", 0))}

@@ -1,7 +1,7 @@
 """Training objectives, and what each of them needs of the data.
 
-To add an objective, subclass :class:`AbstractObjective`, decorate it with ``@register_objective`` and
-choose it with ``objective.name``; nothing else in the library needs to know.
+To add an objective, subclass :class:`AbstractObjective`, decorate it with ``@register_objective``
+and choose it with ``objective.name``; nothing else in the library needs to know.
 """
 
 from __future__ import annotations

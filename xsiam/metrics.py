@@ -11,7 +11,14 @@ from torchmetrics.utilities import dim_zero_cat
 
 from xsiam.errors import InputError
 
-__all__ = ["Correlations", "PairCorrelation", "pearson", "spearman", "undefined_reason"]
+__all__ = [
+    "Correlations",
+    "PairCorrelation",
+    "PairMean",
+    "pearson",
+    "spearman",
+    "undefined_reason",
+]
 
 
 class Correlations(NamedTuple):
@@ -123,6 +130,36 @@ class PairCorrelation(Metric):
         return Correlations(spearman(scores, labels), pearson(scores, labels), None, len(scores))
 
 
+class PairMean(Metric):
+    """Average batch means over all pairs of all batches and processes, however uneven they are.
+
+    torchmetrics' `MeanMetric` either drops NaN (a diverged loss would look fine) or, with that
+    switched off, ignores the weights.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    total: Tensor
+    n_pairs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "n_pairs"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, n_pairs: int) -> None:
+        """Take in the mean of a batch of ``n_pairs`` pairs."""
+        self.total += mean.detach().float() * n_pairs
+        self.n_pairs += n_pairs
+
+    def compute(self) -> Tensor:
+        """Return the mean over all pairs."""
+        mean: Tensor = self.total / self.n_pairs
+        return mean
+
+
 def _check_defined(scores: Tensor, labels: Tensor) -> None:
     reason = undefined_reason(scores, labels)
     if reason is not None:
@@ -134,14 +171,16 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - x.mean(), y - y.mean()
     # Scaled first: the square of a tiny or huge deviation would leave the range of float64.
     x, y = x / x.abs().max(), y / y.abs().max()
-    return ((x / x.norm()) @ (y / y.norm())).clamp(-1.0, 1.0)
+    correlation: Tensor = (x / x.norm()) @ (y / y.norm())
+    return correlation.clamp(-1.0, 1.0)
 
 
 def _ranks(values: Tensor) -> Tensor:
     """Return float64 ranks from 1; equal values share the mean of their ranks."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[group]
+    ranks: Tensor = last - (counts.double() - 1) / 2
+    return ranks[group]
 
 
 def _first_of_each(index: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from xsiam.checkpoint import check_format
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.losses import get_objective
-from xsiam.metrics import PairCorrelation
+from xsiam.metrics import PairCorrelation, PairMean
 
 __all__ = ["SCHEDULES", "SiameseModule"]
 
@@ -38,9 +37,9 @@ class SiameseModule(LightningModule):
     """Train a Siamese encoder on batches of `xsiam.data.PairDataModule`.
 
     Logs ``train/loss`` each step and, for validation, ``val/loss``, ``val/spearman_cosine``,
-    ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same under
-    ``test/``. Validation and test values are those of all pairs on all processes, each counted
-    once. Pairs without labels have no correlation.
+    ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same
+    under ``test/``. Validation and test values are those of all pairs on all processes, each
+    counted once. Pairs without labels have no correlation.
 
     Defaults are the published recipe: AdamW, no decay on biases and LayerNorm, linear warm-up over
     the first tenth of the steps, then linear decay to 0.
@@ -88,9 +87,7 @@ class SiameseModule(LightningModule):
             )
         self.schedule = schedule
         self.undefined: dict[str, str] = {}
-        self.mean_losses = nn.ModuleDict(
-            {stage: MeanMetric(nan_strategy="disable") for stage in _STAGES}
-        )
+        self.mean_losses = nn.ModuleDict({stage: PairMean() for stage in _STAGES})
         self.correlations = nn.ModuleDict(
             {f"{stage}_{name}": PairCorrelation() for stage in _STAGES for name in _SIMILARITIES}
         )
@@ -148,7 +145,9 @@ class SiameseModule(LightningModule):
             )
         warmup = math.ceil(self.warmup_fraction * steps)
         if self.schedule == "linear":
-            scheduler = get_linear_schedule_with_warmup(optimizer, warmup, int(steps))
+            scheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
+                optimizer, warmup, int(steps)
+            )
         else:
             scheduler = get_constant_schedule_with_warmup(optimizer, warmup)
         return {
@@ -191,8 +190,7 @@ class SiameseModule(LightningModule):
         a, b = self._embed(batch)
         labels = batch.get("label")
         if labels is not None or not self.objective.needs_label:
-            # Weighted by the number of pairs, so that uneven batches and processes do not matter.
-            self._mean_loss(stage).update(self.objective(a, b, labels), weight=len(a))
+            self._mean_loss(stage).update(self.objective(a, b, labels), len(a))
         if labels is not None:
             for name, similarity in _SIMILARITIES.items():
                 self._correlation(stage, name).update(similarity(a, b), labels, batch["index"])
@@ -230,8 +228,8 @@ class SiameseModule(LightningModule):
         for name in _SIMILARITIES:
             self._correlation(stage, name).reset()
 
-    def _mean_loss(self, stage: str) -> MeanMetric:
-        return cast(MeanMetric, self.mean_losses[stage])
+    def _mean_loss(self, stage: str) -> PairMean:
+        return cast(PairMean, self.mean_losses[stage])
 
     def _correlation(self, stage: str, name: str) -> PairCorrelation:
         return cast(PairCorrelation, self.correlations[f"{stage}_{name}"])

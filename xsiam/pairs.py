@@ -94,7 +94,7 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
             texts_b=pick(self.texts_b),
             labels=None if self.labels is None else pick(self.labels),
             extra={name: pick(values) for name, values in self.extra.items()},
-            rows=pick(self.rows),
+            rows=pick(self.rows) if self.rows else [],
         )
 
 

@@ -188,7 +188,7 @@ class LastCheckpoint(Checkpoint):
     """Keep one checkpoint of the newest state, from which training continues exactly.
 
     It is written after every validation, after epochs without one, every ``every_n_steps`` steps
-    and on Ctrl-C. The file is replaced as a whole, so that a run killed meanwhile keeps the old one.
+    and on Ctrl-C. The file is replaced as a whole: a run killed meanwhile keeps the old one.
 
     Args:
         path: The file.
@@ -325,4 +325,4 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     epochs, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or (epochs and (trainer.current_epoch + 1) % epochs):
         return False
-    return bool(batches) and (batch_idx + 1) % int(batches) == 0
+    return batches is not None and (batch_idx + 1) % batches == 0

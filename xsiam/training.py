@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import (
@@ -26,7 +27,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from xsiam.checkpoint import read_checkpoint
 from xsiam.config import AttributionConfig, TrainConfig, TrainerConfig, save_config, to_dict
@@ -231,6 +231,7 @@ class _Run:
             output,
             loggers=[tensorboard, self.history],
             callbacks=self._callbacks(data, interruption),
+            validates=self.validates,
         )
 
     def execute(self, resume: Path | None) -> TrainingResult:
@@ -311,12 +312,12 @@ class _Run:
         """Return the metrics of the best validation, and those of a test with the best weights."""
         trainer, data = self.trainer, self.data
         metrics: dict[str, Any] = dict(self.history.at(best["global_step"] - 1))
-        if self.validates and not self.history.validations:
+        if self.validates and not self.best.best_model_path:  # the same on all processes
             # `max_steps` ended the run before its first validation.
             metrics.update(trainer.validate(self.module, datamodule=data, verbose=False)[0])
         if data.data.has("test"):
             metrics.update(trainer.test(self.module, datamodule=data, verbose=False)[0])
-        return finite(metrics)
+        return dict(trainer.strategy.broadcast(finite(metrics)))  # only the first has the history
 
     def _facts(self) -> dict[str, Any]:
         trainer, encoder = self.trainer, self.module.encoder
@@ -346,7 +347,12 @@ class _Run:
 
 
 def _build_trainer(
-    config: TrainerConfig, output: Path, *, loggers: list[Any], callbacks: list[Callback]
+    config: TrainerConfig,
+    output: Path,
+    *,
+    loggers: list[Any],
+    callbacks: list[Callback],
+    validates: bool,
 ) -> Trainer:
     """Return the trainer; what Lightning refuses becomes an InputError."""
     show_progress = any(isinstance(callback, RichProgressBar) for callback in callbacks)
@@ -365,7 +371,7 @@ def _build_trainer(
             val_check_interval=config.val_check_interval,
             check_val_every_n_epoch=config.check_val_every_n_epoch,
             limit_train_batches=config.limit_train_batches,
-            limit_val_batches=config.limit_val_batches,
+            limit_val_batches=config.limit_val_batches if validates else 0,
             deterministic=config.deterministic,
             enable_progress_bar=show_progress,
             enable_model_summary=False,
@@ -418,7 +424,8 @@ def _resume_path(config: TrainConfig, output: Path) -> Path | None:
     """Return the checkpoint to go on from, and check that no other run is overwritten."""
     if output.exists() and not output.is_dir():
         raise InputError(
-            f"Expected `output_dir` to be a folder, but {str(output)!r} is a file. Set `output_dir`."
+            f"Expected `output_dir` to be a folder, but {str(output)!r} is a file. "
+            "Set `output_dir`."
         )
     checkpoints = output / "checkpoints"
     finished = (output / "results.json").exists()
@@ -510,8 +517,8 @@ def _check_resumable(path: Path, module: SiameseModule) -> None:
         shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
         if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has shape "
-                f"{shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
+                f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has "
+                f"shape {shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
             )
 
 

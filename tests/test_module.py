@@ -1,0 +1,199 @@
+"""The LightningModule by itself: optimiser, schedule, modes, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from models import TEXTS, tiny_model
+from torch.utils.data import DataLoader
+
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import CheckpointError, InputError
+from xsiam.metrics import pearson, spearman
+from xsiam.module import SiameseModule
+
+LABELS = torch.tensor([0.9, 0.1, 0.4, 0.7])
+OTHERS = [*TEXTS[1:], TEXTS[0]]
+
+
+@pytest.fixture
+def encoder() -> SiameseEncoder:
+    return SiameseEncoder(tiny_model(), reference="uniform")
+
+
+def batches(encoder: SiameseEncoder, sizes: tuple[int, ...], labelled: bool = True) -> Any:
+    """Return a loader of batches of those sizes."""
+    found, start = [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        batch = {
+            "a": encoder.preprocess(TEXTS[rows]),
+            "b": encoder.preprocess(OTHERS[rows]),
+            "index": torch.arange(4)[rows],
+        }
+        found.append(batch | ({"label": LABELS[rows]} if labelled else {}))
+        start += size
+    return DataLoader(found, batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer(path: Path, **settings: Any) -> Trainer:
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 5,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "default_root_dir": path,
+            **settings,
+        }
+    )
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*no `val_dataloader`"),
+]
+
+
+def test_decay_is_on_matrices_only_and_frozen_weights_are_left_out(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder, weight_decay=0.25)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches(encoder, (2, 2)))
+    decayed, rest = run.optimizers[0].param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.25, 0.0)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    assert all("bias" not in names[id(p)] and "Norm" not in names[id(p)] for p in decayed["params"])
+    assert all("bias" in names[id(p)] or "Norm" in names[id(p)] for p in rest["params"])
+    frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all("pooler" in name for name in frozen)
+    assert len(decayed["params"]) + len(rest["params"]) + len(frozen) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.0, 0.5, 1.0, *(1 - k / 8 for k in range(1, 8))]),
+        ("constant", [0.0, 0.5, 1.0, *[1.0] * 7]),
+    ],
+)
+def test_schedule_moves_every_step(
+    encoder: SiameseEncoder, tmp_path: Path, schedule: str, expected: list[float]
+) -> None:
+    module = SiameseModule(encoder, learning_rate=0.5, warmup_fraction=0.2, schedule=schedule)
+    rates: list[float] = []
+
+    inner = SiameseModule.training_step
+
+    def keep(self: SiameseModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return inner(self, batch, batch_idx) * 0
+
+    module.training_step = keep.__get__(module)  # type: ignore[method-assign]
+    trainer(tmp_path).fit(module, batches(encoder, (2, 2)))
+    assert rates == pytest.approx([0.5 * rate for rate in expected])
+
+
+def test_training_runs_in_training_mode_and_learns(tmp_path: Path) -> None:
+    encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform").eval()
+    module = SiameseModule(encoder, learning_rate=1e-3)
+    before = trainer(tmp_path).validate(module, batches(encoder, (4,)), verbose=False)[0]
+    run = trainer(tmp_path, max_epochs=20)
+    run.fit(module, batches(encoder, (2, 2)))
+    assert encoder.model[0].training
+    after = trainer(tmp_path).validate(module, batches(encoder, (4,)), verbose=False)[0]
+    assert after["val/loss"] < before["val/loss"] / 2
+
+
+@pytest.mark.parametrize("sizes", [(4,), (3, 1), (1, 1, 2)])
+def test_metrics_are_over_all_pairs_however_batched(
+    encoder: SiameseEncoder, tmp_path: Path, sizes: tuple[int, ...]
+) -> None:
+    module = SiameseModule(encoder)
+    logged = trainer(tmp_path).test(module, batches(encoder, sizes), verbose=False)[0]
+    scores = encoder.score(TEXTS, OTHERS)
+    a, b = encoder.encode(TEXTS), encoder.encode(OTHERS)
+    dots = (a * b).sum(dim=-1)
+    expected = {
+        "test/loss": (scores - LABELS).square().mean(),
+        "test/spearman_cosine": spearman(scores, LABELS),
+        "test/pearson_cosine": pearson(scores, LABELS),
+        "test/spearman_dot": spearman(dots, LABELS),
+        "test/pearson_dot": pearson(dots, LABELS),
+    }
+    assert logged == pytest.approx({k: v.item() for k, v in expected.items()}, abs=1e-5)
+
+
+def test_unlabelled_pairs_log_nothing(encoder: SiameseEncoder, tmp_path: Path) -> None:
+    module = SiameseModule(encoder)
+    assert trainer(tmp_path).test(module, batches(encoder, (4,), False), verbose=False) == [{}]
+    assert module.undefined == {}
+
+
+def test_undefined_correlation_is_explained_not_logged(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder)
+    with pytest.warns(RuntimeWarning, match="is undefined: a correlation needs 2 pairs"):
+        logged = trainer(tmp_path).test(module, batches(encoder, (1,)), verbose=False)[0]
+    assert set(logged) == {"test/loss"}
+    assert set(module.undefined) == {
+        f"test/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
+    }
+
+
+def test_checkpoint_hooks(encoder: SiameseEncoder) -> None:
+    module = SiameseModule(encoder, "mse_dot")
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["xsiam"]["format_version"] == 1
+    assert checkpoint["xsiam"]["objective"] == "mse_dot"
+    module.on_load_checkpoint(checkpoint)
+    checkpoint["xsiam"]["format_version"] = 7
+    with pytest.raises(CheckpointError, match=r"format 7. Install a newer xsiam"):
+        module.on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match="carries no encoder"):
+        module.on_load_checkpoint({})
+
+
+def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
+    encoder: SiameseEncoder,
+) -> None:
+    module = SiameseModule(encoder, learning_rate=1e-4)
+    assert dict(module.hparams) == {
+        "objective": "mse_cosine",
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "warmup_fraction": 0.1,
+        "schedule": "linear",
+    }
+    assert all(name.startswith("encoder.model.") for name in module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"learning_rate": 0.0}, "`learning_rate` to be above 0, but got 0.0. Set `optimizer.l"),
+        ({"weight_decay": -1.0}, "`weight_decay` to be 0 or more, but got -1.0"),
+        ({"warmup_fraction": 1.5}, "between 0 and 1, but got 1.5"),
+        ({"schedule": "cosine"}, "linear, constant, but got 'cosine'. Set `optimizer.schedule`"),
+        ({"objective": "mse"}, "but got 'mse'"),
+    ],
+)
+def test_bad_settings(encoder: SiameseEncoder, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        SiameseModule(encoder, **settings)
+
+
+def test_endless_training_is_refused(encoder: SiameseEncoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`trainer.max_epochs` or `trainer.max_steps`"):
+        trainer(tmp_path, max_epochs=-1).fit(SiameseModule(encoder), batches(encoder, (4,)))

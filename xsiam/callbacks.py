@@ -1,0 +1,197 @@
+"""The attribution monitor: how exact a model's explanations are, while it trains."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from xsiam.accuracy import PairValues, layer_key, sample_pairs, summarise_values, values_of
+from xsiam.attribution import PairAttributor
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
+from xsiam.pairs import PairDataset
+from xsiam.result import PairAttribution
+
+# Strategies under which a process holds all weights, so that it can attribute on its own.
+_WHOLE_WEIGHTS = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one process found out: values and figures by position in the sample."""
+
+    values: dict[int, PairValues]
+    figures: dict[int, PairAttribution]
+    seconds: float
+
+
+class AttributionMonitor(Callback):
+    """Attribute a fixed sample of pairs at every validation and log how accurate that is.
+
+    Logs, for every layer, the keys of :data:`xsiam.accuracy.KEYS` under
+    ``attribution/layer_<l>/``, which ``ModelCheckpoint`` and ``EarlyStopping`` can monitor, and
+    heat maps of the first pairs to TensorBoard. Pairs are shared out over processes and every value
+    is computed on the gathered pairs. Training is left as it is without the monitor: random states,
+    modes, gradients and precision settings.
+
+    Args:
+        pairs: Where the sample is drawn from, usually the validation pairs.
+        layers: Layers to attribute at.
+        n_pairs: Size of the sample.
+        seed: Of the sample.
+        tolerance: Of the adaptive quadrature.
+        quadrature: "adaptive" or a fixed rule.
+        n_nodes: Nodes of a fixed rule.
+        max_nodes: Most nodes per text; a text that needs more counts as not converged.
+        time_budget: Seconds per layer and process, after which nothing is refined; None for none.
+        n_figures: Pairs to draw at every layer.
+        every_n_epochs: Attribute in every n-th epoch only.
+        memory_budget: Bytes an evaluation may take, see :class:`~xsiam.PairAttributor`.
+        role_a: Role of the first texts.
+        role_b: Role of the second texts.
+
+    Raises:
+        InputError: If a number is below 1, or the pairs are empty.
+    """
+
+    def __init__(
+        self,
+        pairs: PairDataset,
+        layers: Sequence[int],
+        *,
+        n_pairs: int = 16,
+        seed: int = 0,
+        tolerance: float = 1e-3,
+        quadrature: str = "adaptive",
+        n_nodes: int | None = None,
+        max_nodes: int = 512,
+        time_budget: float | None = 60.0,
+        n_figures: int = 2,
+        every_n_epochs: int = 1,
+        memory_budget: str | int | None = None,
+        role_a: str | None = None,
+        role_b: str | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("n_pairs", n_pairs, 1),
+            ("n_figures", n_figures, 0),
+            ("every_n_epochs", every_n_epochs, 1),
+        ):
+            if value < least:
+                raise InputError(
+                    f"Expected `{name}` to be at least {least}, but got {value}. "
+                    f"Set `attribution.{name}`."
+                )
+        if len(pairs) == 0:
+            raise InputError("Expected pairs to attribute, but got none. Set `data.validation`.")
+        self.pairs = pairs.select(sample_pairs(len(pairs), n_pairs, seed))
+        self.layers = tuple(layers)
+        self.n_figures = n_figures
+        self.every_n_epochs = every_n_epochs
+        self.roles = (role_a, role_b)
+        self.settings: dict[str, Any] = {
+            "tolerance": tolerance,
+            "quadrature": quadrature,
+            "n_nodes": n_nodes,
+            "max_nodes": max_nodes,
+            "time_budget": time_budget,
+            "memory_budget": memory_budget,
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check layers, roles and the strategy before any long work.
+
+        Raises:
+            InputError: If a layer or a role does not exist, or the weights are sharded.
+        """
+        encoder = _encoder_of(pl_module)
+        for layer in self.layers:
+            encoder.check_layer(layer, key="attribution.layers")
+        for role in self.roles:
+            encoder.check_role(role)
+        strategy = type(trainer.strategy).__name__
+        if strategy not in _WHOLE_WEIGHTS:
+            raise InputError(
+                f"Expected a strategy under which each process holds all weights "
+                f"({', '.join(_WHOLE_WEIGHTS)}), but got {strategy}: attributions need hidden "
+                "states of the whole model. Set `attribution.enabled=false` or "
+                "`trainer.strategy=ddp`."
+            )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attribute the sample at every layer and log the results."""
+        skipped = trainer.training and (trainer.current_epoch + 1) % self.every_n_epochs
+        if trainer.sanity_checking or skipped:
+            return
+        encoder = _encoder_of(pl_module)
+        with isolate_rng():
+            for layer in self.layers:
+                gathered = _gather(self._attribute_share(encoder, layer, trainer))
+                for name, value in _summary(gathered).items():
+                    pl_module.log(layer_key(layer, name), value, rank_zero_only=False)
+                if trainer.is_global_zero:
+                    self._draw(trainer, layer, gathered)
+
+    def _attribute_share(self, encoder: SiameseEncoder, layer: int, trainer: Trainer) -> _Share:
+        """Attribute every world-size-th pair of the sample."""
+        start = time.monotonic()
+        positions = list(range(trainer.global_rank, len(self.pairs), trainer.world_size))
+        share = self.pairs.select(positions)
+        with warnings.catch_warnings():
+            # The converged fraction says it, at every validation.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.simplefilter("ignore", TruncationWarning)
+            attributor = PairAttributor(encoder, layer, **self.settings)
+            results = attributor.attribute(share.texts_a, share.texts_b, *self.roles)
+        drawn = {p: r for p, r in zip(positions, results, strict=True) if p < self.n_figures}
+        values = {p: values_of(r) for p, r in zip(positions, results, strict=True)}
+        return _Share(values, drawn, time.monotonic() - start)
+
+    def _draw(self, trainer: Trainer, layer: int, shares: Sequence[_Share]) -> None:
+        """Write heat maps to every TensorBoard logger, at the global step."""
+        loggers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
+        if not loggers:
+            return
+        from xsiam.plots import plot_attribution
+
+        figures = {p: r for share in shares for p, r in share.figures.items()}
+        for position, result in sorted(figures.items()):
+            for logger in loggers:
+                figure, _ = plot_attribution(result)
+                tag = layer_key(layer, f"pair_{position}")
+                logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+
+
+def _summary(shares: Sequence[_Share]) -> dict[str, float]:
+    """Summarise the gathered values in the order of the sample, whoever computed them."""
+    values = {p: v for share in shares for p, v in share.values.items()}
+    ordered = [values[p] for p in sorted(values)]
+    return summarise_values(ordered, max(share.seconds for share in shares))
+
+
+def _gather(share: _Share) -> list[_Share]:
+    """Return the shares of all processes, on each of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [share]
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, share)
+    return shares
+
+
+def _encoder_of(pl_module: LightningModule) -> SiameseEncoder:
+    encoder = getattr(pl_module, "encoder", None)
+    if not isinstance(encoder, SiameseEncoder):
+        raise ModelError(
+            f"Expected a LightningModule with a SiameseEncoder as `encoder`, but "
+            f"{type(pl_module).__name__} has {type(encoder).__name__}."
+        )
+    return encoder
