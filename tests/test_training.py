@@ -208,7 +208,7 @@ def test_tensorboard_holds_the_keys_by_global_step(finished: TrainingResult) -> 
         ),
         pytest.param(
             "on_train_batch_start",
-            8,
+            10,
             ["trainer.max_steps=11", "checkpoint.every_n_steps=3"],
             id="max-steps",
         ),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
-from xsiam.integration import Integrated, PathGroup, integrate_adaptive, integrate_fixed
+from xsiam.integration import Integrated, integrate_adaptive, integrate_fixed
 from xsiam.jacobian import exact_numerics, feature_derivatives
 from xsiam.memory import default_budget, parse_bytes
+from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule, fixed_rule
 from xsiam.reading import ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from xsiam.accuracy import PairValues, layer_key, sample_pairs, summarise_values, values_of
@@ -129,7 +130,8 @@ class AttributionMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attribute the sample at every layer and log the results."""
-        skipped = trainer.training and (trainer.current_epoch + 1) % self.every_n_epochs
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        skipped = fitting and (trainer.current_epoch + 1) % self.every_n_epochs
         if trainer.sanity_checking or skipped:
             return
         encoder = _encoder_of(pl_module)

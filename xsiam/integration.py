@@ -10,15 +10,14 @@ but are evaluated together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from xsiam.jacobian import token_derivatives, total_derivative
+from xsiam.paths import PathGroup
 from xsiam.quadrature import KRONROD_ORDERS, Rule, gauss_kronrod
-from xsiam.split import Features, SplitModel, select_rows
 
 # The plan keeps a panel sum this share of the tolerance, so that acceptance rarely fails.
 _PLAN_SHARE = 0.5
@@ -29,117 +28,10 @@ _DOWNGRADE_SHARE = 1e-2
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-3
 _NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are noise
+# An error this many times the noise that bisecting lowered by less than this factor is noise too.
+_NEAR_NOISE = 64.0
+_NO_PROGRESS = 0.25
 _RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
-
-
-@dataclass
-class PathGroup:
-    """The attribution paths of m texts of one length S, at one layer.
-
-    Attributes:
-        split: The model, cut into head and tail.
-        features: Features of the texts, tensors [m, S].
-        layer: Where the paths live.
-        start: Hidden states of the references, [m, S, D].
-        direction: δ, hidden states of the texts minus the references', [m, S, D].
-        budget: Bytes that one evaluation may take beyond the model.
-        truncate_dim: Embedding dimensions that count, None for all.
-    """
-
-    split: SplitModel
-    features: Features
-    layer: int
-    start: Tensor
-    direction: Tensor
-    budget: int
-    truncate_dim: int | None = None
-
-    @property
-    def size(self) -> int:
-        """m, the number of texts."""
-        return len(self.start)
-
-    def embed(self, alpha: float) -> Tensor:
-        """Return the embeddings at x(α) of every text, [m, K] float64 on the CPU."""
-        rows = torch.arange(self.size)
-        at = torch.full((self.size,), alpha, dtype=torch.float64)
-        step = self._rows_per_call(1)
-        parts = [self._tail(rows[i : i + step])(self._points(rows[i : i + step], at[i : i + step]))
-                 for i in range(0, self.size, step)]  # fmt: skip
-        return torch.cat(parts).cpu().double()
-
-    def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
-        step = self._rows_per_call(2)
-        embeddings, derivatives = [], []
-        for i in range(0, len(rows), step):
-            some, at = rows[i : i + step], alphas[i : i + step]
-            embedding, derivative = total_derivative(
-                self._tail(some), self._points(some, at), self.direction[some]
-            )
-            embeddings.append(embedding.cpu().double())
-            derivatives.append(derivative.cpu().double())
-        return torch.cat(embeddings), torch.cat(derivatives)
-
-    def token_sums(self, rows: Tensor, alphas: Tensor, weights: Tensor, panels: Tensor) -> Tensor:
-        """Return weighted sums of token derivatives per panel.
-
-        Args:
-            rows: Text of each node, [n].
-            alphas: Position of each node, [n] float64.
-            weights: W weights of each node, [W, n] float64.
-            panels: Panel of each node, [n], numbered from 0.
-
-        Returns:
-            [W, P, K, S] float64 on the CPU.
-        """
-        length = self.start.shape[1]
-        n_panels = int(panels.max()) + 1
-        tokens_per_call = max(1, min(length, self._rows_per_call(1) - 1))
-        step = self._rows_per_call(tokens_per_call + 1)
-        sums: Tensor | None = None
-        for i in range(0, len(rows), step):
-            some, at = rows[i : i + step], alphas[i : i + step]
-            tail, points = self._tail(some), self._points(some, at)
-            for first in range(0, length, tokens_per_call):
-                tokens = torch.arange(first, min(first + tokens_per_call, length))
-                derivative = token_derivatives(
-                    tail, points, self.direction[some], tokens.to(points.device)
-                )
-                values = derivative.permute(1, 2, 0).cpu().double()  # [n, K, T]
-                if sums is None:
-                    shape = (len(weights), n_panels, values.shape[1], length)
-                    sums = torch.zeros(shape, dtype=torch.float64)
-                for number, weight in enumerate(weights[:, i : i + step]):
-                    part = sums[number, :, :, first : first + len(tokens)]
-                    part.index_add_(0, panels[i : i + step], values * weight[:, None, None])
-        assert sums is not None
-        return sums
-
-    def _points(self, rows: Tensor, alphas: Tensor) -> Tensor:
-        alphas = alphas.to(self.start)[:, None, None]
-        return self.start[rows] + alphas * self.direction[rows]
-
-    def _tail(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        features = select_rows(self.features, rows.to(self.start.device))
-
-        def tail(hidden: Tensor) -> Tensor:
-            return self.split.tail(features, self.layer, hidden)[:, : self.truncate_dim]
-
-        return tail
-
-    def _rows_per_call(self, tangents: int) -> int:
-        """Return how many rows of ``tangents`` tangents each fit the budget."""
-        return max(1, self.budget // (self.bytes_per_tangent() * tangents))
-
-    def bytes_per_tangent(self) -> int:
-        """Estimate the bytes that one tangent of one node takes at the peak of a forward."""
-        _, length, width = self.start.shape
-        config = self.split.model.config
-        inner = getattr(config, "intermediate_size", None) or 4 * width
-        heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
-        per_token = 8 * width + 4 * inner + 3 * heads * length
-        return int(self.start.element_size() * length * per_token)
 
 
 @dataclass(frozen=True)
@@ -175,7 +67,7 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     sums = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
     results = []
     for i in range(group.size):
-        panel = _Panel(0.0, 1.0, starts[i], ends[i], rule)
+        panel = _whole(group, starts[i], ends[i], rule)
         panel.vectors, panel.embedded = sums[0, i], sums[1, i]
         estimated = rule.embedded_weights is not None
         results.append(_assemble([panel], tolerance, rule.n_nodes, estimated))
@@ -194,9 +86,8 @@ def integrate_adaptive(
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
     """
     starts, ends = group.embed(0.0), group.embed(1.0)
-    epsilon = torch.finfo(group.start.dtype).eps
     texts = [
-        _Text(i, tolerance, max_nodes, epsilon, [_Panel(0.0, 1.0, starts[i], ends[i], _TOP_RULE)])
+        _Text(i, tolerance, max_nodes, [_whole(group, starts[i], ends[i], _TOP_RULE)])
         for i in range(group.size)
     ]
     _plan(group, texts, deadline)
@@ -224,6 +115,8 @@ class _Panel:
     start: Tensor | None
     end: Tensor | None
     rule: Rule
+    noise: float
+    parent_error: float = float("inf")
     error: float | None = None
     vectors: Tensor | None = None
     embedded: Tensor | None = None
@@ -253,12 +146,22 @@ class _Panel:
         assert self.vectors is not None
         return self.vectors.sum(1) - self.increment()
 
-    def halves(self) -> tuple[_Panel, _Panel]:
+    def halves(self, error: float) -> tuple[_Panel, _Panel]:
+        """Return both halves, which remember the error that the whole panel had."""
         middle = (self.left + self.right) / 2
         return (
-            _Panel(self.left, middle, self.start, None, _TOP_RULE),
-            _Panel(middle, self.right, None, self.end, _TOP_RULE),
+            _Panel(self.left, middle, self.start, None, _TOP_RULE, self.noise, error),
+            _Panel(middle, self.right, None, self.end, _TOP_RULE, self.noise, error),
         )
+
+    def can_improve(self, error: float) -> bool:
+        """Whether bisecting lowers an error, or it is float noise of the embeddings.
+
+        Noise is what lies below its expected size, and what bisecting did not lower although it was
+        close: a resolved panel's error falls by orders of magnitude.
+        """
+        near = error <= _NEAR_NOISE * self.noise
+        return error > self.noise and not (near and error > _NO_PROGRESS * self.parent_error)
 
     def token_errors(self) -> Tensor:
         """Estimate the error of every token's share of this panel, [S].
@@ -269,9 +172,8 @@ class _Panel:
         assert self.vectors is not None
         assert self.embedded is not None
         difference: Tensor = self.vectors - self.embedded
-        ratio = (
-            _RATIO_SAFETY * self.total_error().norm() / difference.sum(1).norm().clamp_min(1e-300)
-        )
+        exact = (self.total_error().norm() - self.noise).clamp_min(0.0)
+        ratio = _RATIO_SAFETY * exact / difference.sum(1).norm().clamp_min(1e-300)
         errors: Tensor = difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
         return errors
 
@@ -283,7 +185,6 @@ class _Text:
     row: int
     tolerance: float
     max_nodes: int
-    epsilon: float
     panels: list[_Panel]
     n_evaluated: int = 0
     root: _Panel = field(init=False)
@@ -306,26 +207,17 @@ class _Text:
             return []
         left, worst = sum(errors), []
         for panel in sorted(self.panels, key=lambda p: -(p.error or 0.0)):
-            if left <= self.allowed() / 2 or not panel.error or panel.error <= self.floor(panel):
+            if left <= self.allowed() / 2:
                 break
-            worst.append(panel)
-            left -= panel.error
+            if panel.error and panel.can_improve(panel.error):
+                worst.append(panel)
+                left -= panel.error
         room = self.max_nodes - self.n_evaluated - self.n_planned
         return worst[: max(0, room // _TOP_RULE.n_nodes)]
 
-    def floor(self, panel: _Panel) -> float:
-        """Return the float noise of a panel's error, from the embeddings at its ends."""
-        assert panel.start is not None
-        return _NOISE_UNITS * self.epsilon * float(panel.start.norm())
-
-    def is_above_noise(self, token_errors: Tensor, panel: _Panel) -> bool:
-        """Whether bisecting an evaluated panel can still lower its error."""
-        exact = float(panel.total_error().norm())
-        return max(exact, float(token_errors.max())) > self.floor(panel)
-
-    def split_panel(self, panel: _Panel) -> list[_Panel]:
-        where = self.panels.index(panel)
-        halves = list(panel.halves())
+    def split_panel(self, panel: _Panel, error: float) -> list[_Panel]:
+        where = next(i for i, p in enumerate(self.panels) if p is panel)
+        halves = list(panel.halves(error))
         self.panels[where : where + 1] = halves
         return halves
 
@@ -340,18 +232,29 @@ class _Text:
         total = torch.stack([p.total_error() for p in self.panels]).sum(0)
         limit = self.tolerance * self.scale
         shares = [p.token_errors() for p in self.panels]
-        token_error = float(torch.stack(shares).sum(0).max())
+        token_error = float(torch.stack(shares).sum(0).max()) + self.root.noise / _NOISE_UNITS
         if (float(total.norm()) <= limit and token_error <= limit) or not allowed:
             return
         left = token_error
         room = (self.max_nodes - self.n_evaluated) // (2 * _TOP_RULE.n_nodes)
-        order = sorted(zip(shares, self.panels, strict=True), key=lambda sp: -float(sp[0].max()))
-        above_noise = [(s, p) for s, p in order if self.is_above_noise(s, p)]
-        for share, panel in above_noise[:room]:
-            self.split_panel(panel)
-            left -= float(share.max())
+        ranked = [
+            (max(float(share.max()), float(panel.total_error().norm())), float(share.max()), panel)
+            for share, panel in zip(shares, self.panels, strict=True)
+        ]
+        ranked = [entry for entry in ranked if entry[2].can_improve(entry[0])]
+        ranked.sort(key=lambda entry: -entry[0])
+        for error, share_error, panel in ranked[:room]:
+            self.split_panel(panel, error)
+            left -= share_error
             if left <= limit / 2:
                 break
+
+
+def _whole(group: PathGroup, start: Tensor, end: Tensor, rule: Rule) -> _Panel:
+    """Return the panel [0, 1] of a path."""
+    norm = float(torch.maximum(start.norm(), end.norm()))
+    noise = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
+    return _Panel(0.0, 1.0, start, end, rule, noise)
 
 
 def _plan(group: PathGroup, texts: Sequence[_Text], deadline: float | None) -> None:
@@ -361,7 +264,12 @@ def _plan(group: PathGroup, texts: Sequence[_Text], deadline: float | None) -> N
         _measure(group, pending)
         if _is_over(deadline):
             break
-        pending = [(t, h) for t in texts for p in t.worst_panels() for h in t.split_panel(p)]
+        pending = [
+            (t, h)
+            for t in texts
+            for p in t.worst_panels()
+            for h in t.split_panel(p, p.error or 0.0)
+        ]
         _embed_missing_ends(group, texts)
     for order in sorted(KRONROD_ORDERS[:-1], reverse=True):
         _lower_orders(group, texts, _RULES[order])
@@ -385,9 +293,9 @@ def _lower_orders(group: PathGroup, texts: Sequence[_Text], rule: Rule) -> None:
         share = text.allowed() / len(text.panels)
         for panel in text.panels:
             if panel.rule.n_nodes <= 2 * rule.n_nodes + 1 and (panel.error or 0.0) <= max(
-                share * _DOWNGRADE_SHARE, text.floor(panel)
+                share * _DOWNGRADE_SHARE, panel.noise
             ):
-                trial = _Panel(panel.left, panel.right, panel.start, panel.end, rule)
+                trial = replace(panel, rule=rule, error=None)
                 trials.append((text, panel, trial))
     if not trials:
         return
@@ -445,7 +353,8 @@ def _assemble(
     completeness = float((vectors.sum(1) - delta).norm()) / scale
     token = float("inf")
     if estimated:
-        token = float(torch.stack([p.token_errors() for p in panels]).sum(0).max()) / scale
+        estimate = float(torch.stack([p.token_errors() for p in panels]).sum(0).max())
+        token = (estimate + first.noise / _NOISE_UNITS) / scale
     return Integrated(
         vectors=vectors,
         delta=delta,
