@@ -1,7 +1,7 @@
 """Tiny random encoders of the real architectures, at an init with real curvature.
 
-At the usual init of 0.02 a random block is almost the identity and a one-node rule passes every test;
-here weights are scaled up, and tests assert that a one-node rule fails.
+At the usual init of 0.02 a random block is almost the identity and a one-node rule passes every
+test; here weights are scaled up, and tests assert that a one-node rule fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,37 @@ from transformers import (
     RobertaModel,
 )
 
-WORDS = ["a", "the", "dog", "cat", "kitten", "runs", "sleeps", "chases", "in", "on", "under", "yard", "garden", "house", "small", "big", "red", "and", "is", "not", "by", "outside", "after", ".", ",", "query", ":", "passage"]
+WORDS = [
+    *(
+        "a",
+        "the",
+        "dog",
+        "cat",
+        "kitten",
+        "runs",
+        "sleeps",
+        "chases",
+        "chased",
+        "in",
+        "on",
+        "under",
+    ),
+    *(
+        "yard",
+        "garden",
+        "house",
+        "small",
+        "big",
+        "red",
+        "and",
+        "is",
+        "not",
+        "by",
+        "outside",
+        "after",
+    ),
+    *(".", ",", "query", ":", "passage"),
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT_A = "the small dog chases a cat in the garden ."
 TEXT_B = "a cat is chased by the dog outside ."

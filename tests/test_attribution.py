@@ -301,7 +301,7 @@ def test_bad_arguments() -> None:
         PairAttributor(encoder, 9)
     with pytest.raises(InputError, match="adaptive quadrature, but got 5"):
         PairAttributor(encoder, 1, n_nodes=5)
-    with pytest.raises(InputError, match="got 'lots'. Set `attribution.memory_budget`"):
+    with pytest.raises(InputError, match=r"got 'lots'\. Set `attribution.memory_budget`"):
         PairAttributor(encoder, 1, memory_budget="lots")
     attributor = PairAttributor(encoder, 1)
     with pytest.raises(InputError, match=r"row 0 is ' '"):

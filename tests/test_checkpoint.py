@@ -66,7 +66,10 @@ def test_exports_round_trip(model, reference: str, shift: bool, tmp_path: Path) 
     assert difference(loaded.encode(TEXTS), encoder.encode(TEXTS)) <= SAME
     again = tmp_path / "again"
     loaded.save_pretrained(again)  # the fold is folded once, not twice
-    assert difference(SiameseEncoder.from_pretrained(again).encode(TEXTS), loaded.encode(TEXTS)) <= SAME
+    assert (
+        difference(SiameseEncoder.from_pretrained(again).encode(TEXTS), loaded.encode(TEXTS))
+        <= SAME
+    )
 
 
 def test_an_exported_uniform_model_is_a_plain_sentence_transformer(model, tmp_path: Path) -> None:
@@ -84,7 +87,10 @@ def test_an_exported_uniform_model_is_a_plain_sentence_transformer(model, tmp_pa
 def run_without_xsiam(folder: Path, trust: bool) -> subprocess.CompletedProcess[str]:
     arguments = [str(folder), "trust" if trust else "no", json.dumps(TEXTS)]
     return subprocess.run(
-        [sys.executable, "-c", _WITHOUT_XSIAM, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _WITHOUT_XSIAM, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -109,7 +115,7 @@ def test_an_exported_pad_model_fails_loudly_with_xsiam_installed(tmp_path: Path)
     with pytest.raises(ValueError, match="ReferenceShift"):
         SentenceTransformer(str(tmp_path), device="cpu")
     trusted = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
-    with pytest.raises(ModelError, match="'pad' reference.*from_pretrained"):
+    with pytest.raises(ModelError, match=r"'pad' reference.*from_pretrained"):
         trusted.encode(["dog"])
 
 
@@ -162,7 +168,9 @@ def test_plain_hugging_face_encoders_load(tmp_path: Path) -> None:
     model[0].auto_model.save_pretrained(tmp_path)
     model[0].tokenizer.save_pretrained(tmp_path)
     encoder = SiameseEncoder.from_pretrained(tmp_path, shift=False)
-    assert difference(encoder.encode(TEXTS), SiameseEncoder(model, shift=False).encode(TEXTS)) <= SAME
+    assert (
+        difference(encoder.encode(TEXTS), SiameseEncoder(model, shift=False).encode(TEXTS)) <= SAME
+    )
 
 
 # -- bad input ----------------------------------------------------------------------------------
@@ -183,7 +191,9 @@ def test_damaged_and_newer_checkpoints(tmp_path: Path) -> None:
         read_checkpoint(newer)
     escaping = {"../evil.json": torch.zeros(1, dtype=torch.uint8)}
     with pytest.raises(CheckpointError, match=r"but got '\.\./evil\.json'"):
-        SiameseEncoder.from_pretrained(save_checkpoint(encoder, tmp_path / "e.ckpt", files=escaping))
+        SiameseEncoder.from_pretrained(
+            save_checkpoint(encoder, tmp_path / "e.ckpt", files=escaping)
+        )
     state = {f"encoder.{k}": v for k, v in list(encoder.state_dict().items())[:-3]}
     torch.save({"xsiam": encoder.checkpoint_payload(), "state_dict": state}, path)
     with pytest.raises(CheckpointError, match="weights of its own model"):

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -426,7 +427,7 @@ def test_fractions_are_disjoint_seeded_and_complete(tmp_path: Path) -> None:
 
     parts = cut(3)
     assert [len(rows) for rows in parts] == [35, 10, 5]
-    assert sorted(sum(parts, [])) == list(range(1, 51))
+    assert sorted(chain(*parts)) == list(range(1, 51))
     assert parts == cut(3) != cut(4)
 
 
@@ -595,7 +596,7 @@ def test_training_shares_are_equal_and_leave_nothing_out(n: int, world: int) -> 
     sizes = [list(map(len, share)) for share in shares]
     assert all(size == sizes[0] for size in sizes)
     assert len(sizes[0]) == len(ranks[0])
-    counts = Counter(numbers(sum(shares, [])))
+    counts = Counter(numbers(list(chain(*shares))))
     assert set(counts) == set(range(n))
     assert sum(counts.values()) - n == -n % world
 
@@ -619,7 +620,7 @@ def test_evaluation_counts_no_row_twice(
         for rank in range(world)
     ]
     shares = [list(rank) for rank in ranks]
-    assert sorted(numbers(sum(shares, []))) == list(range(n))
+    assert sorted(numbers(list(chain(*shares)))) == list(range(n))
     assert {len(share) for share in shares} == {len(ranks[0])}
     limit = 2 if batch_size == 1 and world > 1 else batch_size
     assert all(0 < len(batch) <= limit for share in shares for batch in share)

@@ -19,7 +19,7 @@ from xsiam.accuracy import KEYS, layer_key, sample_pairs, summarise
 from xsiam.attribution import PairAttributor
 from xsiam.config import EvaluateConfig, load_config
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import CheckpointError, InputError, TruncationWarning
+from xsiam.errors import CheckpointError, InputError, ModelError, TruncationWarning
 from xsiam.evaluation import EvaluationResult, run_evaluation
 from xsiam.metrics import pearson, spearman
 
@@ -334,6 +334,19 @@ def test_stopped_evaluation_goes_on_with_the_next_layer(
     assert [p.name for p in result.figures] == [p.name for p in finished.figures]
 
 
+def test_unfinished_evaluation_leaves_no_earlier_results(
+    inputs: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PairAttributor, "attribute", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(inputs, copy, "attribution.tolerance=1e-4")
+    left = {path.name for path in copy.iterdir()}
+    assert not left & {"results.json", "pairs.parquet", "strongest_pairs.json"}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -433,6 +446,22 @@ def test_fixed_rule_without_nodes(inputs: Path, tmp_path: Path) -> None:
 def test_gpu_that_is_absent(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="got 'gpu' and this machine has no such device"):
         evaluate(inputs, tmp_path, "accelerator=gpu")
+
+
+def test_scores_that_are_not_finite(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = SiameseEncoder.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def broken(cls: type[SiameseEncoder], *args: Any, **kwargs: Any) -> SiameseEncoder:
+        encoder: SiameseEncoder = load(cls, *args, **kwargs)
+        with torch.no_grad():
+            next(encoder.parameters()).fill_(torch.nan)
+        return encoder
+
+    monkeypatch.setattr(SiameseEncoder, "from_pretrained", classmethod(broken))
+    with pytest.raises(ModelError, match=r"6 of 6 are not, the first that of pair 0 \(nan\)"):
+        evaluate(inputs, tmp_path, "attribution.enabled=false")
 
 
 def test_folder_of_a_training_run_is_kept(inputs: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Our matrices against the reference code's own, entry by entry.
 
 The matrices were computed once by the reference implementation (its right-endpoint Riemann sum, its
-reverse passes). They are not part of the repository: set ``XSIAM_FIXTURES`` to the folder that holds
-them, as ``make golden`` requires.
+reverse passes). They are not part of the repository: set ``XSIAM_FIXTURES`` to the folder that
+holds them, as ``make golden`` requires.
 """
 
 from __future__ import annotations

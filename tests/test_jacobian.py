@@ -85,8 +85,9 @@ def test_numerics_are_restored_after_an_error() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with pytest.raises(KeyError), exact_numerics(torch.device("cpu")):
+        with exact_numerics(torch.device("cpu")):
             assert torch.get_float32_matmul_precision() == "highest"
+        with pytest.raises(KeyError), exact_numerics(torch.device("cpu")):
             raise KeyError
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

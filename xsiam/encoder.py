@@ -307,16 +307,14 @@ class SiameseEncoder(nn.Module):
         own |= {"query": self.model.encode_query, "document": self.model.encode_document}
         ends_normalized = isinstance(list(self.model.children())[-1], Normalize)
         for role, encode in own.items():
-            with torch.no_grad(), evaluation_mode(self), Truncations(self) as truncations:
-                features = self.preprocess_with(truncations, _PROBE_TEXTS, role)
-                ours = self.split.embed(features_to(features, self.device))
+            with torch.no_grad(), evaluation_mode(self):
+                features = self._probe_features(_PROBE_TEXTS, role)
+                ours = self.split.embed(features)
             if ends_normalized:
                 ours = torch.nn.functional.normalize(ours, dim=-1)
             ours = ours[:, : self.model.truncate_dim]
             with evaluation_mode(self):  # `encode` would leave the model in eval mode
-                theirs = encode(
-                    list(_PROBE_TEXTS), convert_to_tensor=True, show_progress_bar=False
-                )
+                theirs = encode(list(_PROBE_TEXTS), convert_to_tensor=True, show_progress_bar=False)
             scale = theirs.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             difference = ((ours - theirs).norm(dim=-1, keepdim=True) / scale).max().item()
             if not difference <= tolerance:
@@ -391,10 +389,11 @@ class SiameseEncoder(nn.Module):
         """The tokenizer of the underlying transformer."""
         return self.model[0].tokenizer
 
-    def _probe_features(self) -> Features:
-        with Truncations(self) as truncations:
-            features = self.preprocess_with(truncations, _PROBE_TEXTS[:1], None)
-        return features_to(features, self.device)
+    def _probe_features(
+        self, texts: Sequence[str] = _PROBE_TEXTS[:1], role: str | None = None
+    ) -> Features:
+        """Return features of texts of ours; what a small window cuts off them is no news."""
+        return features_to(self.preprocess_with(Truncations(self), texts, role), self.device)
 
 
 def _head(model: SentenceTransformer, similarity: str | None) -> str:

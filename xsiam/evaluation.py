@@ -34,7 +34,7 @@ from xsiam.attribution import PairAttributor
 from xsiam.config import DataConfig, EvaluateConfig, save_config, to_dict
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import ConvergenceWarning, InputError, TruncationWarning
+from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
 from xsiam.history import SCHEMA_VERSION, finite, run_facts, write_results
 from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
@@ -108,7 +108,7 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
 
     Raises:
         InputError: If the configuration or the data do not meet a constraint.
-        ModelError: If the model cannot be loaded or used.
+        ModelError: If the model cannot be loaded or used, or its scores are not finite.
 
     Warns:
         TruncationWarning: If a text is longer than the model's window.
@@ -159,7 +159,7 @@ class _Evaluation:
             results[layer] = found = self._stored(layer) or self._attribute(layer)
             self.notes += found.notes
             metrics |= _layer_metrics(layer, found)
-        for key in metrics.keys() - finite(metrics).keys():
+        for key in sorted(metrics.keys() - finite(metrics).keys()):
             self.notes.append(f"`{key}` is {metrics[key]}; it is left out.")
         metrics = finite(metrics)
         pairs_path = self.output / "pairs.parquet"
@@ -198,6 +198,12 @@ class _Evaluation:
         a = torch.stack([embeddings[key] for key in keys[:n]])
         b = torch.stack([embeddings[key] for key in keys[n:]])
         cosine, dot = torch.nn.functional.cosine_similarity(a, b, dim=-1), (a * b).sum(dim=-1)
+        bad = (~torch.isfinite(dot)).nonzero().flatten().tolist()
+        if bad:
+            raise ModelError(
+                f"Expected finite scores, but {len(bad)} of {n} are not, the first that of pair "
+                f"{bad[0]} ({dot[bad[0]]}). Check the model's weights, or set another `checkpoint`."
+            )
         return _Scores(cosine, dot, cosine if self.encoder.similarity == "cos" else dot)
 
     def _embed(

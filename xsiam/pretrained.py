@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["ResolvedModel", "load_sentence_transformer", "resolve"]
+__all__ = ["ResolvedModel", "load_sentence_transformer", "records_shift", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,17 @@ def resolve(
             f"got {text!r}. Set `model.name`."
         )
     return ResolvedModel(text, "hub")
+
+
+def records_shift(name_or_path: str | Path) -> bool:
+    """Whether a model says itself if it has a reference shift: ours and the reference code's do.
+
+    Raises:
+        InputError, CheckpointError, ModelError: As `resolve` does.
+    """
+    resolved = resolve(name_or_path)
+    written_by_us = (Path(resolved.path) / "xsiam.json").is_file()
+    return written_by_us or resolved.kind in ("checkpoint", "reference_code")
 
 
 def _looks_like_path(text: str) -> bool:

@@ -73,6 +73,7 @@ class TrainingResult:
         tensorboard_dir: Folder of event files.
         results_path: `results.json`.
         metrics: Its flat metrics: those of the best validation, and of the test.
+        is_first_process: Whether this is the process that wrote the files.
     """
 
     best_checkpoint: Path
@@ -81,6 +82,7 @@ class TrainingResult:
     tensorboard_dir: Path
     results_path: Path
     metrics: dict[str, float]
+    is_first_process: bool = True
 
 
 class CheckMonitor(Callback):
@@ -253,6 +255,7 @@ class _Run:
             tensorboard_dir=self.output / "tensorboard",
             results_path=self.output / "results.json",
             metrics=metrics,
+            is_first_process=trainer.is_global_zero,
         )
 
     def _callbacks(self, data: PairDataModule, interruption: Interruption) -> list[Callback]:

@@ -1,0 +1,104 @@
+"""What a heat map shows, and that drawing leaves no global state."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from models import TEXT_A, TEXT_B, tiny_model
+from rich.console import Console
+
+from xsiam.attribution import PairAttributor
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import InputError
+from xsiam.plots import plot_attribution, save_figure
+from xsiam.report import attribution_tables, render_attribution
+from xsiam.result import PairAttribution
+
+
+@pytest.fixture(scope="module")
+def result() -> PairAttribution:
+    return PairAttributor(SiameseEncoder(tiny_model(), shift=False), 2).attribute(TEXT_A, TEXT_B)
+
+
+def shown(axes) -> torch.Tensor:
+    return torch.tensor(axes.images[0].get_array().data)
+
+
+def test_the_bordered_matrix_is_drawn(result: PairAttribution) -> None:
+    figure, axes = plot_attribution(result)
+    assert torch.equal(shown(axes), result.bordered())
+    assert [t.get_text() for t in axes.get_yticklabels()] == [*result.tokens_a, "main effect"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == [*result.tokens_b, "main effect"]
+    low, high = axes.images[0].get_clim()
+    assert low == -high == pytest.approx(-float(result.bordered().abs().max()))
+    assert f"score {result.score:.4f}" in axes.get_title()
+    assert f"{result.completeness_error:.1e}" in axes.get_title()
+    assert isinstance(figure, Figure)
+
+
+def test_special_tokens_can_be_left_out_and_their_sum_is_named(result: PairAttribution) -> None:
+    _, axes = plot_attribution(result, special_tokens=False, main_effects=False)
+    assert torch.equal(shown(axes), result.matrix[1:-1, 1:-1])
+    hidden = float(result.matrix.sum() - result.matrix[1:-1, 1:-1].sum())
+    assert f"not shown, sum to {hidden:.4f}" in axes.get_title()
+
+
+def test_what_did_not_converge_says_so(result: PairAttribution) -> None:
+    assert "NOT CONVERGED" not in plot_attribution(result)[1].get_title()
+    other = dataclasses.replace(result, converged=False)
+    assert "NOT CONVERGED" in plot_attribution(other)[1].get_title()
+
+
+def test_any_token_can_be_drawn(result: PairAttribution, tmp_path: Path) -> None:
+    tokens = ("$x^2$", "猫", "🐕", "[CLS]", "_", "ﷺ")
+    names = (tokens * 3)[: len(result.tokens_a)]
+    odd = dataclasses.replace(result, tokens_a=names)
+    path = save_figure(plot_attribution(odd)[0], tmp_path / "a" / "b.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_texts_name_every_other_token(result: PairAttribution) -> None:
+    n = 90
+    long = dataclasses.replace(
+        result,
+        matrix=torch.randn(n, n),
+        main_effects_a=torch.randn(n),
+        main_effects_b=torch.randn(n),
+        tokens_a=tuple(map(str, range(n))),
+        tokens_b=tuple(map(str, range(n))),
+        special_mask_a=(False,) * n,
+        special_mask_b=(False,) * n,
+    )
+    _, axes = plot_attribution(long)
+    assert len(axes.get_yticklabels()) == 31
+    assert shown(axes).shape == (n + 1, n + 1)
+
+
+def test_a_picture_needs_a_known_suffix(result: PairAttribution, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.gif"):
+        save_figure(Figure(), tmp_path / "x.gif")
+
+
+def test_no_pyplot_state() -> None:
+    pyplot = sys.modules.get("matplotlib.pyplot")  # TensorBoard's writer may import it
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_console_tables_hold_every_value(result: PairAttribution, width: int) -> None:
+    tables = list(attribution_tables(result, width=width))
+    assert sum(len(table.columns) - 1 for table in tables) == len(result.tokens_b) + 1
+    assert all(table.row_count == len(result.tokens_a) + 1 for table in tables)
+    console = Console(width=width, markup=False)
+    with console.capture() as capture:
+        console.print(render_attribution(result, width=width))
+    out = capture.get()
+    assert max(map(len, out.splitlines())) <= width
+    for row in result.bordered().tolist():
+        assert all(f"{value:+.3f}" in out for value in row)
+    assert "[CLS]" in out

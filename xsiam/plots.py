@@ -1,0 +1,150 @@
+"""Heat maps of attributions, drawn without any global state of pyplot."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from xsiam.errors import InputError
+from xsiam.result import PairAttribution
+
+MAIN_EFFECT = "main effect"
+_PRINTED_UP_TO = 15  # cells a side, up to which values are printed inside
+_LABELLED_UP_TO = 40  # tokens a side, up to which every one is named
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def plot_attribution(
+    result: PairAttribution,
+    *,
+    ax: Axes | None = None,
+    main_effects: bool = True,
+    special_tokens: bool = True,
+) -> tuple[Figure, Axes]:
+    """Draw the attribution matrix, bordered by main effects and intercept.
+
+    Colours are symmetric about zero: red adds to the score, blue takes away.
+
+    Args:
+        result: The attribution.
+        ax: Where to draw; None makes a figure.
+        main_effects: Whether to draw the border (last row and column, intercept in the corner).
+        special_tokens: Whether to draw tokens that the tokenizer added; their sum is named if not.
+
+    Returns:
+        The figure and the axes; nothing is shown.
+    """
+    rows = [i for i, s in enumerate(result.special_mask_a) if special_tokens or not s]
+    columns = [j for j, s in enumerate(result.special_mask_b) if special_tokens or not s]
+    shown = result.matrix[rows][:, columns]
+    hidden = float(result.matrix.sum() - shown.sum())
+    names_a = [_printable(result.tokens_a[i]) for i in rows]
+    names_b = [_printable(result.tokens_b[j]) for j in columns]
+    if main_effects:
+        shown = _with_border(result, shown, rows, columns)
+        names_a, names_b = [*names_a, MAIN_EFFECT], [*names_b, MAIN_EFFECT]
+    figure, axes = _canvas(ax, len(names_a), len(names_b))
+    limit = max(float(shown.abs().max()), 1e-12)
+    norm = TwoSlopeNorm(vcenter=0.0, vmin=-limit, vmax=limit)
+    image = axes.imshow(shown.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
+    figure.colorbar(image, ax=axes, label="share of the score")
+    _name_ticks(axes, names_a, names_b)
+    if max(shown.shape) <= _PRINTED_UP_TO:
+        _print_values(axes, shown, limit)
+    if main_effects:
+        axes.axhline(len(rows) - 0.5, color="black", linewidth=1.5)
+        axes.axvline(len(columns) - 0.5, color="black", linewidth=1.5)
+    axes.set_title(_title(result, None if special_tokens else hidden), fontsize=9)
+    _lay_out(figure)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to a file and return its path.
+
+    Raises:
+        InputError: If the suffix is not one of .png, .svg and .pdf.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InputError(
+            f"Expected a picture with a suffix among {list(_SUFFIXES)}, but got {str(path)!r}."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        _ignore_missing_glyphs()
+        figure.savefig(path, dpi=130)
+    return path
+
+
+def _with_border(
+    result: PairAttribution, matrix: Tensor, rows: list[int], columns: list[int]
+) -> Tensor:
+    corner = matrix.new_tensor([result.intercept])
+    right = torch.cat([result.main_effects_a[rows], corner])
+    top = torch.cat([matrix, result.main_effects_b[columns][None]])
+    return torch.cat([top, right[:, None]], dim=1)
+
+
+def _canvas(ax: Axes | None, n_rows: int, n_columns: int) -> tuple[Figure, Axes]:
+    if ax is not None:
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        return figure, ax
+    width, height = (min(18.0, max(4.5, 0.5 * n + 2.5)) for n in (n_columns, n_rows))
+    figure = Figure(figsize=(width, min(height, 0.9 * width + 2)))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _name_ticks(axes: Axes, names_a: list[str], names_b: list[str]) -> None:
+    """Name the tokens; of very long texts only every n-th."""
+    step_a = -(-len(names_a) // _LABELLED_UP_TO)
+    step_b = -(-len(names_b) // _LABELLED_UP_TO)
+    axes.set_yticks(range(0, len(names_a), step_a), names_a[::step_a], fontsize=8)
+    axes.set_xticks(
+        range(0, len(names_b), step_b), names_b[::step_b], fontsize=8, rotation=45, ha="right"
+    )
+
+
+def _print_values(axes: Axes, matrix: Tensor, limit: float) -> None:
+    for i, row in enumerate(matrix.tolist()):
+        for j, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+
+
+def _title(result: PairAttribution, hidden: float | None) -> str:
+    state = "" if result.converged else "  NOT CONVERGED"
+    lines = [
+        f"layer {result.layer}, reference {result.reference}: score {result.score:.4f}, "
+        f"pairs sum to {float(result.matrix.sum()):.4f}",
+        f"completeness error {result.completeness_error:.1e}, "
+        f"residual {result.residual:.1e}{state}",
+    ]
+    if hidden is not None:
+        lines.append(f"pairs with special tokens, not shown, sum to {hidden:.4f}")
+    return "\n".join(lines)
+
+
+def _printable(token: str) -> str:
+    """Escape what matplotlib would read as mathematics."""
+    return token.replace("$", r"\$")
+
+
+def _lay_out(figure: Figure) -> None:
+    with warnings.catch_warnings():
+        _ignore_missing_glyphs()
+        figure.tight_layout()
+
+
+def _ignore_missing_glyphs() -> None:
+    # A token in a script that the font lacks is drawn as a box; the picture is right all the same.
+    warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)

@@ -1,0 +1,127 @@
+"""Attributions as console tables: a bordered, coloured matrix and the strongest token pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from xsiam.result import PairAttribution
+
+MEANING = (
+    "An entry belongs to the two contextualised positions that enter block {layer}, "
+    "not to the words alone."
+)
+_CELL = 6  # characters of a value: "-0.123"
+_NAME = 14  # characters of a token, at most
+
+
+def render_attribution(result: PairAttribution, *, width: int, top: int = 5) -> RenderableType:
+    """Return all there is to say of one pair, for a console ``width`` characters wide.
+
+    Args:
+        result: The attribution.
+        width: Of the console; a wider matrix is cut into blocks of columns, never truncated.
+        top: How many of the strongest pairs to list.
+    """
+    parts: list[RenderableType] = [*attribution_tables(result, width=width)]
+    parts.append(summary_table(result))
+    if top:
+        parts.append(strongest_table(result, top))
+    parts.append(Text(MEANING.format(layer=result.layer), style="italic"))
+    return Group(*parts)
+
+
+def attribution_tables(result: PairAttribution, *, width: int) -> Iterator[Table]:
+    """Yield the bordered matrix in blocks of columns that fit the console.
+
+    Rows are the tokens of text a, columns those of text b; the last column and row hold the main
+    effects, the corner the intercept.
+    """
+    bordered = result.bordered().tolist()
+    limit = max(max(abs(value) for value in row) for row in bordered) or 1.0
+    names_a = [*result.tokens_a, "main effect"]
+    names_b = [*result.tokens_b, "main effect"]
+    widths = [max(_CELL, min(len(name), _NAME)) + 1 for name in names_b]
+    first_width = max(len(name[:_NAME]) for name in names_a) + 3
+    for columns in _blocks(widths, width - first_width):
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column()
+        for j in columns:
+            table.add_column(Text(_short(names_b[j])), justify="right", no_wrap=True)
+        for i, name in enumerate(names_a):
+            cells = [_cell(bordered[i][j], limit) for j in columns]
+            table.add_row(Text(_short(name), style="bold"), *cells)
+        yield table
+
+
+def summary_table(result: PairAttribution) -> Table:
+    """Return score, its parts and the errors."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    main_a, main_b = result.main_effects_a.sum().item(), result.main_effects_b.sum().item()
+    converged = "yes" if result.converged else "NO"
+    rows = [
+        ("score", f"{result.score:.4f} ({result.similarity})"),
+        (
+            "= pairs + main effects + intercept + residual",
+            f"{result.matrix.sum().item():.4f} {main_a:+.4f} {main_b:+.4f} "
+            f"{result.intercept:+.4f} {result.residual:+.1e}",
+        ),
+        ("completeness error", f"{result.completeness_error:.1e}"),
+        ("token error (estimate)", f"{result.token_error:.1e}"),
+        ("converged", f"{converged} (tolerance {result.tolerance:.0e})"),
+        ("nodes", f"{result.n_nodes_a} and {result.n_nodes_b} ({result.quadrature})"),
+        ("layer, reference", f"{result.layer}, {result.reference}, {_shift(result)}"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def strongest_table(result: PairAttribution, k: int) -> Table:
+    """Return the ``k`` entries of largest absolute value."""
+    table = Table(title="strongest pairs", title_justify="left", box=None, pad_edge=False)
+    for name in ("a", "b"):
+        table.add_column(name, justify="right")
+    table.add_column("share of the score", justify="right")
+    for pair in result.top_pairs(k):
+        table.add_row(Text(pair.token_a), Text(pair.token_b), f"{pair.value:+.4f}")
+    return table
+
+
+def print_attribution(result: PairAttribution, *, top: int = 5) -> None:
+    """Print one pair to standard output."""
+    console = Console(highlight=False, markup=False)
+    console.print(render_attribution(result, width=console.width, top=top))
+
+
+def _blocks(widths: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Cut columns into blocks that fit, at least one column each."""
+    block: list[int] = []
+    used = 0
+    for j, width in enumerate(widths):
+        if block and used + width > room:
+            yield block
+            block, used = [], 0
+        block.append(j)
+        used += width
+    yield block
+
+
+def _cell(value: float, limit: float) -> Text:
+    """Return a value on a background that is red where it adds and blue where it takes away."""
+    strength = min(1.0, abs(value) / limit) ** 0.5
+    faded = round(255 * (1 - 0.75 * strength))
+    colour = f"rgb(255,{faded},{faded})" if value > 0 else f"rgb({faded},{faded},255)"
+    return Text(f"{value:+.3f}", style=Style(color="black", bgcolor=colour))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+
+
+def _shift(result: PairAttribution) -> str:
+    return "shifted (exact model)" if result.shift else "no shift"
