@@ -6,11 +6,7 @@ the next one, and one that is repeated with other data or figures attributes not
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -20,31 +16,39 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-import xsiam
-from xsiam.accuracy import layer_key, sample_pairs, summarise_values, values_of
+from xsiam.accuracy import sample_pairs
 from xsiam.attribution import PairAttributor
+from xsiam.checks import (
+    check_accelerator,
+    check_evaluation_output,
+    prepare_evaluation_output,
+)
 from xsiam.config import DataConfig, EvaluateConfig, save_config, to_dict
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
 from xsiam.history import SCHEMA_VERSION, finite, run_facts, write_results
+from xsiam.layer_store import (
+    LayerResults,
+    LayerStore,
+    attributor_settings,
+    layer_metrics,
+    row_of,
+    write_parquet,
+)
 from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
 from xsiam.pairs import PairDataset
-from xsiam.result import PairAttribution
+from xsiam.report import print_evaluation
 from xsiam.split import evaluation_mode, features_to
 from xsiam.tables import BUNDLED
 from xsiam.texts import Truncations
 
-__all__ = ["EvaluationResult", "evaluation_table", "run_evaluation"]
+__all__ = ["EvaluationResult", "run_evaluation"]
 
 CATEGORY = "category"
 """Column by which mean scores are tabulated, where the pairs have it."""
@@ -54,7 +58,6 @@ GAP = 0.1
 
 _SCORES = ("cosine", "dot")
 _PAIR_COLUMNS = ("sum", "residual", "completeness_error", "converged")
-_PLAIN_WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,6 @@ class _Scores:
     own: Tensor  # of the model's similarity
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The attributions at one layer: a row of numbers a pair, and the examples in full."""
-
-    rows: list[dict[str, Any]]
-    examples: dict[int, PairAttribution]
-    seconds: float
-    notes: list[str]
-
-
 def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
     """Score all pairs, attribute a sample of them, write the results and print a table.
 
@@ -114,12 +107,12 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
         TruncationWarning: If a text is longer than the model's window.
     """
     output = Path(config.output_dir).expanduser()
-    _check_output(output)
+    check_evaluation_output(output)
     encoder = _build_encoder(config, _device(config))
     notes: list[str] = []
     layers = _layers(config, encoder, notes)
     pairs = _load_pairs(config, encoder, notes)
-    _prepare_output(output)
+    prepare_evaluation_output(output)
     save_config(config, output / "config.yaml")
     return _Evaluation(config, output, encoder, pairs, layers, notes).execute()
 
@@ -148,22 +141,37 @@ class _Evaluation:
         wanted = config.attribution
         self.sample = sample_pairs(len(pairs), wanted.n_pairs, wanted.seed) if layers else []
         self.reused: list[int] = []
+        self.store = LayerStore(
+            folder=output / "attributions",
+            encoder=encoder,
+            settings=attributor_settings(wanted),
+            chosen=pairs.select(self.sample),
+            rows=self.sample,
+            example_rows=self.example_rows,
+            roles=self.roles,
+            notes=notes,
+        )
 
     def execute(self) -> EvaluationResult:
         """Score, attribute, write, print."""
         start = time.monotonic()
         scores = self._score()
         metrics = self._correlations(scores)
-        results: dict[int, _Layer] = {}
+        results: dict[int, LayerResults] = {}
         for layer in self.layers:
-            results[layer] = found = self._stored(layer) or self._attribute(layer)
+            found = self.store.read(layer)
+            if found is None:
+                found = self._attribute(layer)
+            else:
+                self.reused.append(layer)
+            results[layer] = found
             self.notes += found.notes
-            metrics |= _layer_metrics(layer, found)
+            metrics |= layer_metrics(layer, found)
         for key in sorted(metrics.keys() - finite(metrics).keys()):
             self.notes.append(f"`{key}` is {metrics[key]}; it is left out.")
         metrics = finite(metrics)
         pairs_path = self.output / "pairs.parquet"
-        _write_parquet(pairs_path, self._pair_table(scores, results))
+        write_parquet(pairs_path, self._pair_table(scores, results))
         if results:
             _write_json(self.output / "strongest_pairs.json", self._strongest(scores, results))
         figures = self._draw(results)
@@ -178,7 +186,13 @@ class _Evaluation:
         result = EvaluationResult(
             self.output / "results.json", pairs_path, figures, metrics, tuple(self.notes)
         )
-        _print(result, self.layers, categories, f"{self.config.checkpoint} on {self.pairs.name}")
+        print_evaluation(
+            metrics,
+            self.layers,
+            categories,
+            _closing_lines(result),
+            f"{self.config.checkpoint} on {self.pairs.name}",
+        )
         return result
 
     # -- scores ---------------------------------------------------------------------------------
@@ -251,14 +265,14 @@ class _Evaluation:
         """Row numbers of the pairs that are shown one by one."""
         return self.sample[: self.config.n_examples]
 
-    def _attribute(self, layer: int) -> _Layer:
+    def _attribute(self, layer: int) -> LayerResults:
         """Attribute the sample at a layer and write it down."""
-        chosen = self.pairs.select(self.sample)
+        chosen = self.store.chosen
         start = time.monotonic()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             warnings.simplefilter("ignore", TruncationWarning)  # said when all texts were scored
-            attributor = PairAttributor(self.encoder, layer, **_attributor_settings(self.config))
+            attributor = PairAttributor(self.encoder, layer, **self.store.settings)
             results = attributor.attribute(
                 chosen.texts_a, chosen.texts_b, *self.roles, progress=self.progress
             )
@@ -268,86 +282,18 @@ class _Evaluation:
                 notes.append(str(warning.message))
             else:
                 _warn_again(warning)
-        found = _Layer(
-            rows=[_row(i, result) for i, result in zip(self.sample, results, strict=True)],
+        found = LayerResults(
+            rows=[row_of(i, result) for i, result in zip(self.sample, results, strict=True)],
             examples=dict(zip(self.example_rows, results, strict=False)),
             seconds=time.monotonic() - start,
             notes=notes,
         )
-        self._store(layer, found)
+        self.store.write(layer, found)
         return found
-
-    def _paths(self, layer: int) -> tuple[Path, Path]:
-        """Return the file of a layer's rows, and the folder of its examples."""
-        folder = self.output / "attributions" / f"layer_{layer}"
-        return folder.with_suffix(".parquet"), folder
-
-    def _store(self, layer: int, found: _Layer) -> None:
-        """Write a layer; the rows come last, since they say that it is finished."""
-        path, folder = self._paths(layer)
-        path.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for row, result in found.examples.items():
-            result.save(folder / f"pair_{row}.safetensors")
-        facts = {
-            "schema_version": SCHEMA_VERSION,
-            "settings_hash": self._settings_hash(layer),
-            "model_fingerprint": self.encoder.model_fingerprint,
-            "examples": list(found.examples),
-            "seconds": found.seconds,
-            "notes": found.notes,
-        }
-        table = pa.Table.from_pylist(found.rows)
-        _write_parquet(path, table.replace_schema_metadata({"xsiam": json.dumps(facts)}))
-
-    def _stored(self, layer: int) -> _Layer | None:
-        """Return a layer that was computed before from the same model, pairs and settings."""
-        path, folder = self._paths(layer)
-        if not path.is_file():
-            return None
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            self.notes.append(
-                f"Layer {layer} is computed anew: {path.name} cannot be read ({error})."
-            )
-            return None
-        facts = json.loads((table.schema.metadata or {}).get(b"xsiam", b"{}"))
-        wanted = self.example_rows
-        if facts.get("settings_hash") != self._settings_hash(layer):
-            return None
-        files = {row: folder / f"pair_{row}.safetensors" for row in wanted}
-        if not set(wanted) <= set(facts["examples"]) or not all(
-            f.is_file() for f in files.values()
-        ):
-            return None
-        self.reused.append(layer)
-        said = f"Layer {layer} is reused from an earlier run with the same settings ({path.name})."
-        examples = {row: PairAttribution.load(file) for row, file in files.items()}
-        return _Layer(table.to_pylist(), examples, facts["seconds"], [said, *facts["notes"]])
-
-    def _settings_hash(self, layer: int) -> str:
-        """Return a digest of everything that the numbers of a layer depend on."""
-        encoder, chosen = self.encoder, self.pairs.select(self.sample)
-        settings = _attributor_settings(self.config)
-        del settings["memory_budget"]  # never changes numbers
-        content = {
-            "xsiam": xsiam.__version__,
-            "schema_version": SCHEMA_VERSION,
-            "layer": layer,
-            "attribution": settings,
-            "model": [encoder.model_fingerprint, repr(encoder.model), str(encoder.dtype)],
-            "head": [encoder.similarity, encoder.shift, encoder.reference.name, encoder.normalize],
-            "texts": [encoder.max_length, encoder.model.truncate_dim],
-            "prompts": [encoder.model.prompts, encoder.model.default_prompt_name, self.roles],
-            "pairs": [self.sample, chosen.texts_a, chosen.texts_b],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # -- what is written ------------------------------------------------------------------------
 
-    def _pair_table(self, scores: _Scores, results: Mapping[int, _Layer]) -> pa.Table:
+    def _pair_table(self, scores: _Scores, results: Mapping[int, LayerResults]) -> pa.Table:
         """Return one row a pair; what was not attributed is null there."""
         pairs = self.pairs
         columns: dict[str, Any] = {
@@ -371,7 +317,7 @@ class _Evaluation:
             columns[name] = _any_array(values)
         return pa.table(columns)
 
-    def _strongest(self, scores: _Scores, results: Mapping[int, _Layer]) -> dict[str, Any]:
+    def _strongest(self, scores: _Scores, results: Mapping[int, LayerResults]) -> dict[str, Any]:
         """Return the strongest token pairs of the examples, at every layer."""
         entries = []
         for index in self.example_rows:
@@ -395,7 +341,7 @@ class _Evaluation:
             entries.append({**entry, **layers})
         return {"schema_version": SCHEMA_VERSION, "top_k": self.config.top_k, "pairs": entries}
 
-    def _draw(self, results: Mapping[int, _Layer]) -> tuple[Path, ...]:
+    def _draw(self, results: Mapping[int, LayerResults]) -> tuple[Path, ...]:
         """Draw the examples at every layer."""
         if not any(found.examples for found in results.values()):
             return ()
@@ -452,72 +398,29 @@ class _Evaluation:
         }
 
 
-# -- checks before long work ----------------------------------------------------------------------
-
-
-def _check_output(output: Path) -> None:
-    """Raise InputError where the output folder cannot be written, or holds something else."""
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(
-            f"Expected `output_dir` to be a folder, but {str(existing)!r} is a file. "
-            "Set `output_dir`."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"Expected `output_dir` to be writable, but {str(existing)!r} is not. Set `output_dir`."
-        )
-    if (output / "checkpoints").exists():
-        raise InputError(
-            f"Expected `output_dir` to be a folder for evaluations, but {str(output)!r} holds a "
-            "training run, whose results would be overwritten. Set `output_dir`."
-        )
-
-
-def _prepare_output(output: Path) -> None:
-    """Make the folder, and remove what an earlier evaluation wrote, but for finished layers."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"Expected `output_dir` to be writable, but making {str(output)!r} failed: {error}. "
-            "Set `output_dir`."
-        ) from error
-    # The presence of results says that an evaluation is finished.
-    for name in ("results.json", "pairs.parquet", "strongest_pairs.json"):
-        (output / name).unlink(missing_ok=True)
-    for figure in (output / "figures").glob("layer_*_pair_*.png"):
-        figure.unlink()
-
-
 def _device(config: EvaluateConfig) -> torch.device:
     """Return the device of an evaluation, which is one process on one device."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     kind = config.accelerator.lower()
-    found = {
+    names = {
         "auto": "cuda" if cuda else "cpu",
         "cpu": "cpu",
-        "gpu": "cuda" if cuda else "mps" if mps else None,
-        "cuda": "cuda" if cuda else None,
-        "mps": "mps" if mps else None,
+        "gpu": "mps" if mps and not cuda else "cuda",
+        "cuda": "cuda",
+        "mps": "mps",
     }
-    if kind not in found:
+    if kind not in names:
         raise InputError(
-            f"Expected `accelerator` to be one of {', '.join(found)}, but got "
+            f"Expected `accelerator` to be one of {', '.join(names)}, but got "
             f"{config.accelerator!r}. Set `accelerator`."
         )
-    name = found[kind]
-    if name is None:
-        raise InputError(
-            f"Expected `accelerator` to be there, but got {config.accelerator!r} and this machine "
-            "has no such device that PyTorch can use. Set `accelerator=cpu` or `auto`."
-        )
+    check_accelerator(config.accelerator, "accelerator")
     if config.devices not in (1, "auto"):
         raise InputError(
             "Expected `devices` to be 1, since an evaluation runs in one process, but got "
             f"{config.devices!r}. Set `devices=1`."
         )
-    return torch.device(name)
+    return torch.device(names[kind])
 
 
 def _build_encoder(config: EvaluateConfig, device: torch.device) -> SiameseEncoder:
@@ -551,9 +454,8 @@ def _layers(config: EvaluateConfig, encoder: SiameseEncoder, notes: list[str]) -
         )
     for layer in layers:
         encoder.check_layer(layer, key="attribution.layers")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)  # of its own probe texts
-        PairAttributor(encoder, layers[0], **_attributor_settings(config))  # refuses what it cannot
+    # Refuses what it cannot do, before anything is scored.
+    PairAttributor(encoder, layers[0], **attributor_settings(config.attribution))
     return layers
 
 
@@ -588,57 +490,7 @@ def _data_module(
 # -- numbers --------------------------------------------------------------------------------------
 
 
-def _attributor_settings(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the arguments of `PairAttributor` that are configured."""
-    names = ("tolerance", "quadrature", "n_nodes", "max_nodes", "memory_budget", "time_budget")
-    return {name: getattr(config.attribution, name) for name in names}
-
-
-def _row(index: int, result: PairAttribution) -> dict[str, Any]:
-    """Return the numbers of one pair; ``n_nodes`` is the mean of both texts."""
-    names = ("score", "attributed_score", "residual", "convergence_delta", "completeness_error_a",
-             "completeness_error_b", "token_error", "n_nodes_a", "n_nodes_b")  # fmt: skip
-    return {
-        "index": index,
-        "sum": float(result.matrix.sum()),
-        **{name: getattr(result, name) for name in names},
-        "main_effects_a": float(result.main_effects_a.sum()),
-        "main_effects_b": float(result.main_effects_b.sum()),
-        "main_effects_a_abs": float(result.main_effects_a.abs().sum()),
-        "main_effects_b_abs": float(result.main_effects_b.abs().sum()),
-        **values_of(result),
-        "converged": result.converged,
-    }
-
-
-def _layer_metrics(layer: int, found: _Layer) -> dict[str, float]:
-    """Return accuracy and reference terms of a layer, over the sampled pairs."""
-    rows = found.rows
-    accuracy = summarise_values(rows, found.seconds)
-    gaps = [abs(row["score"] - row["sum"]) for row in rows]
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
-    terms = {
-        "main_effects_a_abs_sum_mean": mean([row["main_effects_a_abs"] for row in rows]),
-        "main_effects_b_abs_sum_mean": mean([row["main_effects_b_abs"] for row in rows]),
-        "intercept_mean": mean([row["intercept"] for row in rows]),
-        "score_minus_sum_abs_mean": mean(gaps),
-        f"score_minus_sum_above_{GAP}_share": mean([float(gap > GAP) for gap in gaps]),
-    }
-    metrics = {layer_key(layer, name): value for name, value in accuracy.items()}
-    return metrics | {f"reference_terms/layer_{layer}/{name}": v for name, v in terms.items()}
-
-
 # -- files and table ------------------------------------------------------------------------------
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a file that appears as a whole or not at all."""
-    part = path.with_suffix(".parquet.part")
-    pq.write_table(table, part)
-    part.replace(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -665,59 +517,10 @@ def _warn_again(warning: warnings.WarningMessage) -> None:
     warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def evaluation_table(metrics: Mapping[str, float], layers: Sequence[int]) -> Table:
-    """Return a table of flat metrics: one column a layer, and one for what concerns all pairs.
-
-    Args:
-        metrics: As in `results.json`.
-        layers: The layers, in the order of the columns.
-    """
-    table = Table("metric")
-    plain = [key for key in metrics if key.startswith("test/")]
-    columns = ["all pairs"] * bool(plain) + [f"layer {layer}" for layer in layers]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for key in plain:
-        table.add_row(key, _number(metrics[key]), *[""] * len(layers))
-    names = [
-        key.replace(f"/layer_{layers[0]}/", "/layer_*/")
-        for key in metrics
-        if layers and f"/layer_{layers[0]}/" in key
-    ]
-    for name in names:
-        cells = [_number(metrics.get(name.replace("*", str(layer)))) for layer in layers]
-        table.add_row(name.replace("/layer_*/", "/"), *[""] * bool(plain), *cells)
-    return table
-
-
-def _number(value: float | None) -> str:
-    """Return four digits, or as many as a small number needs."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def _print(
-    result: EvaluationResult,
-    layers: Sequence[int],
-    categories: Mapping[str, Mapping[str, float]],
-    title: str,
-) -> None:
-    """Print tables, notes and places to stdout, whatever it is."""
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    console.print(title, markup=False, soft_wrap=True)
-    if result.metrics:
-        console.print(evaluation_table(result.metrics, layers))
-    if categories:
-        table = Table("category")
-        for column in ("pairs", "mean score", "mean label"):
-            table.add_column(column, justify="right")
-        for name, row in categories.items():
-            means = [_number(row.get(key)) for key in ("score_mean", "label_mean")]
-            table.add_row(Text(name), str(row["n_pairs"]), *means)
-        console.print(table)
-    places = [f"results: {result.results_path}", f"pairs: {result.pairs_path}"]
+def _closing_lines(result: EvaluationResult) -> list[str]:
+    """Return the notes, and where everything is."""
+    lines = [f"note: {note}" for note in result.notes]
+    lines += [f"results: {result.results_path}", f"pairs: {result.pairs_path}"]
     if result.figures:
-        places.append(f"heat maps: {result.figures[0].parent}")
-    for line in [*(f"note: {note}" for note in result.notes), *places]:
-        console.print(line, markup=False, soft_wrap=True)
+        lines.append(f"heat maps: {result.figures[0].parent}")
+    return lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.style import Style
@@ -15,6 +17,7 @@ MEANING = (
     "An entry belongs to the two contextualised positions that enter block {layer}, "
     "not to the words alone."
 )
+_PLAIN_WIDTH = 100  # columns of a table that goes to a file or a pipe
 _CELL = 6  # characters of a value: "-0.123"
 _NAME = 14  # characters of a token, at most
 
@@ -96,6 +99,62 @@ def print_attribution(result: PairAttribution, *, top: int = 5) -> None:
     """Print one pair to standard output."""
     console = Console(highlight=False, markup=False)
     console.print(render_attribution(result, width=console.width, top=top))
+
+
+def evaluation_table(metrics: Mapping[str, float], layers: Sequence[int]) -> Table:
+    """Return a table of flat metrics: one column a layer, and one for what concerns all pairs.
+
+    Args:
+        metrics: As in `results.json`.
+        layers: The layers, in the order of the columns.
+    """
+    table = Table("metric")
+    plain = [key for key in metrics if key.startswith("test/")]
+    columns = ["all pairs"] * bool(plain) + [f"layer {layer}" for layer in layers]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for key in plain:
+        table.add_row(key, _number(metrics[key]), *[""] * len(layers))
+    names = [
+        key.replace(f"/layer_{layers[0]}/", "/layer_*/")
+        for key in metrics
+        if layers and f"/layer_{layers[0]}/" in key
+    ]
+    for name in names:
+        cells = [_number(metrics.get(name.replace("*", str(layer)))) for layer in layers]
+        table.add_row(name.replace("/layer_*/", "/"), *[""] * bool(plain), *cells)
+    return table
+
+
+def print_evaluation(
+    metrics: Mapping[str, float],
+    layers: Sequence[int],
+    categories: Mapping[str, Mapping[str, float]],
+    lines: Sequence[str],
+    title: str,
+) -> None:
+    """Print tables, notes and places to stdout, whatever it is."""
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    if metrics:
+        console.print(evaluation_table(metrics, layers))
+    if categories:
+        table = Table("category")
+        for column in ("pairs", "mean score", "mean label"):
+            table.add_column(column, justify="right")
+        for name, row in categories.items():
+            means = [_number(row.get(key)) for key in ("score_mean", "label_mean")]
+            table.add_row(Text(name), str(row["n_pairs"]), *means)
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    """Return four digits, or as many as a small number needs."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def _blocks(widths: Sequence[int], room: int) -> Iterator[list[int]]:

@@ -18,7 +18,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
@@ -29,13 +28,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from xsiam.checkpoint import read_checkpoint
+from xsiam.checks import check_accelerator, check_run, default_monitor, resume_path, validates
 from xsiam.config import AttributionConfig, TrainConfig, TrainerConfig, save_config, to_dict
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import CheckpointError, InputError, ModelError
+from xsiam.errors import InputError, ModelError
 from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
 from xsiam.losses import get_objective
-from xsiam.metrics import undefined_reason
 from xsiam.module import SiameseModule
 from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
 
@@ -44,12 +43,6 @@ __all__ = ["TrainingResult", "run_training"]
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the convention of shells."""
 
-AUTO_RESUME = "auto"
-"""Value of `resume` that takes the last checkpoint of the output folder, if there is one."""
-
-_CORRELATIONS = tuple(
-    f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
-)
 # What Lightning warns of although it is meant to be so here, or cannot be changed.
 _EXPECTED_WARNINGS = (
     r".*does not have many workers",  # tokenising takes little; `data.num_workers` is there
@@ -132,14 +125,14 @@ def run_training(config: TrainConfig) -> TrainingResult:
         SystemExit: With code 130 after Ctrl-C, when the state has been saved.
     """
     output = Path(config.output_dir).expanduser()
-    _check_accelerator(config.trainer.accelerator)
-    resume = _resume_path(config, output)
+    check_accelerator(config.trainer.accelerator, "trainer.accelerator")
+    resume = resume_path(config, output)
     get_objective(config.objective.name)
     seed_everything(config.seed, workers=True, verbose=False)
     with _quiet(), Interruption() as interruption:
         module = build_module(config)
         data = build_data(config, module)
-        _check_run(config, module, data, resume)
+        check_run(config, module, data, resume)
         run = _Run(config, output, module, data, interruption)
         return run.execute(resume)
 
@@ -213,13 +206,13 @@ class _Run:
         self.output = output
         self.module = module
         self.data = ResumableData(data)
-        self.validates = _validates(config, data)
+        self.validates = validates(config, data)
         self.checkpoints = output / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = ModelCheckpoint(
             self.checkpoints,
             "best",
-            monitor=config.checkpoint.monitor or _default_monitor(module),
+            monitor=config.checkpoint.monitor or default_monitor(module),
             mode=config.checkpoint.mode,
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -410,128 +403,6 @@ def _attribution_monitor(config: TrainConfig, data: PairDataModule) -> list[Call
             role_b=config.model.role_b,
         )
     ]
-
-
-def _check_accelerator(name: str) -> None:
-    """Raise InputError where a GPU is asked for and there is none."""
-    cuda, mps = CUDAAccelerator.is_available(), MPSAccelerator.is_available()
-    present = {"gpu": cuda or mps, "cuda": cuda, "mps": mps}
-    if not present.get(name.lower(), True):
-        raise InputError(
-            f"Expected `trainer.accelerator` to be there, but got {name!r} and this machine has no "
-            "such device that PyTorch can use. Set `trainer.accelerator=cpu` or `auto`."
-        )
-
-
-def _resume_path(config: TrainConfig, output: Path) -> Path | None:
-    """Return the checkpoint to go on from, and check that no other run is overwritten."""
-    if output.exists() and not output.is_dir():
-        raise InputError(
-            f"Expected `output_dir` to be a folder, but {str(output)!r} is a file. "
-            "Set `output_dir`."
-        )
-    checkpoints = output / "checkpoints"
-    finished = (output / "results.json").exists()
-    path = None
-    if config.resume == AUTO_RESUME:
-        last = checkpoints / "last.ckpt"
-        if last.is_file() or not finished:
-            return last if last.is_file() else None
-    elif config.resume is not None:
-        path = Path(config.resume).expanduser()
-        if not path.is_file():
-            raise InputError(
-                f"Expected `resume` to be a checkpoint or {AUTO_RESUME!r}, but {config.resume!r} "
-                "does not exist. Set `resume`."
-            )
-        if path.resolve().parent == checkpoints.resolve():
-            return path
-    if finished or any(checkpoints.glob("*.ckpt")):
-        raise InputError(
-            f"Expected `output_dir` to be a new folder, but {str(output)!r} holds a "
-            f"{'finished' if finished else 'started'} run. Set another `output_dir`, or "
-            "`resume=auto` to go on from its last checkpoint."
-        )
-    return path
-
-
-def _check_run(
-    config: TrainConfig, module: SiameseModule, data: PairDataModule, resume: Path | None
-) -> None:
-    """Check what concerns model, data and configuration together."""
-    if config.attribution.enabled:
-        for layer in config.attribution.layers:
-            module.encoder.check_layer(layer, key="attribution.layers")
-    validates = _validates(config, data)
-    wants = {
-        "attribution.layers": config.attribution.enabled and bool(config.attribution.layers),
-        "early_stopping.patience": config.early_stopping.patience is not None,
-    }
-    for key, wanted in wants.items():
-        if wanted and not validates:
-            raise InputError(
-                f"Expected validation pairs for `{key}`, but there are none. Set `data.validation` "
-                f"or `data.validation_fraction`, or leave `{key}` out."
-            )
-    if validates:
-        _check_monitor(config, module, data)
-    if resume is not None:
-        _check_resumable(resume, module)
-
-
-def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataModule) -> None:
-    """Raise InputError where the monitored metric is unknown or cannot be defined."""
-    monitor = config.checkpoint.monitor or _default_monitor(module)
-    layers = config.attribution.layers if config.attribution.enabled else []
-    prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
-    if monitor not in ("val/loss", *_CORRELATIONS) and not monitor.startswith(prefixes):
-        known = [*_CORRELATIONS, "val/loss", *(f"{prefix}…" for prefix in prefixes)]
-        raise InputError(
-            f"Expected `checkpoint.monitor` to be one of {', '.join(known)}, but got {monitor!r}. "
-            "Set `checkpoint.monitor`, or `attribution.layers` to monitor attributions."
-        )
-    if monitor in _CORRELATIONS:
-        import torch
-
-        labels = data.pairs("validation").labels
-        reason = "the validation pairs have no labels"
-        if labels is not None:
-            values = torch.tensor(labels)
-            # Scores that differ: only the labels can be at fault here.
-            reason = undefined_reason(torch.arange(len(labels)), values) or ""
-        if reason:
-            raise InputError(
-                f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
-                "Set `checkpoint.monitor` or other validation pairs."
-            )
-
-
-def _check_resumable(path: Path, module: SiameseModule) -> None:
-    """Raise CheckpointError where a checkpoint cannot be continued with this model."""
-    checkpoint = read_checkpoint(path)
-    missing = [key for key in ("loops", "optimizer_states") if key not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"Expected {str(path)!r} to hold the state of a training run, but it has no "
-            f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
-        )
-    own, theirs = module.state_dict(), checkpoint["state_dict"]
-    for name in [*own, *theirs]:
-        shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has "
-                f"shape {shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
-            )
-
-
-def _validates(config: TrainConfig, data: PairDataModule) -> bool:
-    return data.has("validation") and config.trainer.limit_val_batches != 0
-
-
-def _default_monitor(module: SiameseModule) -> str:
-    """Return the metric of the model's own score."""
-    return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
 
 
 def _farewell(last: Path, step: int) -> str:

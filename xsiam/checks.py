@@ -1,0 +1,179 @@
+"""What can be wrong with a run as a whole, checked before any long work begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+from xsiam.checkpoint import read_checkpoint
+from xsiam.config import TrainConfig
+from xsiam.data import PairDataModule
+from xsiam.errors import CheckpointError, InputError
+from xsiam.metrics import undefined_reason
+from xsiam.module import SiameseModule
+
+AUTO_RESUME = "auto"
+"""Value of `resume` that takes the last checkpoint of the output folder, if there is one."""
+
+CORRELATIONS = tuple(
+    f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
+)
+
+
+def check_accelerator(name: str, key: str) -> None:
+    """Raise InputError, naming the key, where a GPU is asked for and there is none."""
+    cuda, mps = CUDAAccelerator.is_available(), MPSAccelerator.is_available()
+    present = {"gpu": cuda or mps, "cuda": cuda, "mps": mps}
+    if not present.get(name.lower(), True):
+        raise InputError(
+            f"Expected `{key}` to be there, but got {name!r} and this machine has no "
+            f"such device that PyTorch can use. Set `{key}=cpu` or `auto`."
+        )
+
+
+def resume_path(config: TrainConfig, output: Path) -> Path | None:
+    """Return the checkpoint to go on from, and check that no other run is overwritten."""
+    if output.exists() and not output.is_dir():
+        raise InputError(
+            f"Expected `output_dir` to be a folder, but {str(output)!r} is a file. "
+            "Set `output_dir`."
+        )
+    checkpoints = output / "checkpoints"
+    finished = (output / "results.json").exists()
+    path = None
+    if config.resume == AUTO_RESUME:
+        last = checkpoints / "last.ckpt"
+        if last.is_file() or not finished:
+            return last if last.is_file() else None
+    elif config.resume is not None:
+        path = Path(config.resume).expanduser()
+        if not path.is_file():
+            raise InputError(
+                f"Expected `resume` to be a checkpoint or {AUTO_RESUME!r}, but {config.resume!r} "
+                "does not exist. Set `resume`."
+            )
+        if path.resolve().parent == checkpoints.resolve():
+            return path
+    if finished or any(checkpoints.glob("*.ckpt")):
+        raise InputError(
+            f"Expected `output_dir` to be a new folder, but {str(output)!r} holds a "
+            f"{'finished' if finished else 'started'} run. Set another `output_dir`, or "
+            "`resume=auto` to go on from its last checkpoint."
+        )
+    return path
+
+
+def check_run(
+    config: TrainConfig, module: SiameseModule, data: PairDataModule, resume: Path | None
+) -> None:
+    """Check what concerns model, data and configuration together."""
+    if config.attribution.enabled:
+        for layer in config.attribution.layers:
+            module.encoder.check_layer(layer, key="attribution.layers")
+    has_validation = validates(config, data)
+    wants = {
+        "attribution.layers": config.attribution.enabled and bool(config.attribution.layers),
+        "early_stopping.patience": config.early_stopping.patience is not None,
+    }
+    for key, wanted in wants.items():
+        if wanted and not has_validation:
+            raise InputError(
+                f"Expected validation pairs for `{key}`, but there are none. Set `data.validation` "
+                f"or `data.validation_fraction`, or leave `{key}` out."
+            )
+    if has_validation:
+        _check_monitor(config, module, data)
+    if resume is not None:
+        _check_resumable(resume, module)
+
+
+def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataModule) -> None:
+    """Raise InputError where the monitored metric is unknown or cannot be defined."""
+    monitor = config.checkpoint.monitor or default_monitor(module)
+    layers = config.attribution.layers if config.attribution.enabled else []
+    prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
+    if monitor not in ("val/loss", *CORRELATIONS) and not monitor.startswith(prefixes):
+        known = [*CORRELATIONS, "val/loss", *(f"{prefix}…" for prefix in prefixes)]
+        raise InputError(
+            f"Expected `checkpoint.monitor` to be one of {', '.join(known)}, but got {monitor!r}. "
+            "Set `checkpoint.monitor`, or `attribution.layers` to monitor attributions."
+        )
+    if monitor in CORRELATIONS:
+        labels = data.pairs("validation").labels
+        reason = "the validation pairs have no labels"
+        if labels is not None:
+            values = torch.tensor(labels)
+            # Scores that differ: only the labels can be at fault here.
+            reason = undefined_reason(torch.arange(len(labels)), values) or ""
+        if reason:
+            raise InputError(
+                f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
+                "Set `checkpoint.monitor` or other validation pairs."
+            )
+
+
+def _check_resumable(path: Path, module: SiameseModule) -> None:
+    """Raise CheckpointError where a checkpoint cannot be continued with this model."""
+    checkpoint = read_checkpoint(path)
+    missing = [key for key in ("loops", "optimizer_states") if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"Expected {str(path)!r} to hold the state of a training run, but it has no "
+            f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
+        )
+    own, theirs = module.state_dict(), checkpoint["state_dict"]
+    for name in [*own, *theirs]:
+        shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has "
+                f"shape {shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
+            )
+
+
+def validates(config: TrainConfig, data: PairDataModule) -> bool:
+    """Whether a run has validations."""
+    return data.has("validation") and config.trainer.limit_val_batches != 0
+
+
+def default_monitor(module: SiameseModule) -> str:
+    """Return the metric of the model's own score."""
+    return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
+
+
+def check_evaluation_output(output: Path) -> None:
+    """Raise InputError where the output folder cannot be written, or holds something else."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(
+            f"Expected `output_dir` to be a folder, but {str(existing)!r} is a file. "
+            "Set `output_dir`."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"Expected `output_dir` to be writable, but {str(existing)!r} is not. Set `output_dir`."
+        )
+    if (output / "checkpoints").exists():
+        raise InputError(
+            f"Expected `output_dir` to be a folder for evaluations, but {str(output)!r} holds a "
+            "training run, whose results would be overwritten. Set `output_dir`."
+        )
+
+
+def prepare_evaluation_output(output: Path) -> None:
+    """Make the folder, and remove what an earlier evaluation wrote, but for finished layers."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"Expected `output_dir` to be writable, but making {str(output)!r} failed: {error}. "
+            "Set `output_dir`."
+        ) from error
+    # The presence of results says that an evaluation is finished.
+    for name in ("results.json", "pairs.parquet", "strongest_pairs.json"):
+        (output / name).unlink(missing_ok=True)
+    for figure in (output / "figures").glob("layer_*_pair_*.png"):
+        figure.unlink()
