@@ -142,52 +142,59 @@ def test_sampling_is_seeded_and_leaves_the_global_state() -> None:
     assert sample_pairs(3, 9, 0) == [0, 1, 2]
 
 
-_VALIDATE = """
-import json, sys, warnings
-sys.path.insert(0, sys.argv[1])
-import lightning as pl
-from test_callbacks import LAYERS, N_PAIRS, pairs
-from xsiam import AttributionMonitor, PairDataModule, SiameseEncoder, SiameseModule
+def validate(folder: str, csv: str, devices: int) -> tuple[pl.Trainer, dict[str, float]]:
+    """Validate a model folder with the monitor and return every logged value."""
+    encoder = SiameseEncoder.from_pretrained(folder, reference="pad", similarity="cos")
+    data = PairDataModule(encoder.preprocess, validation=csv, eval_batch_size=2)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        callbacks=[monitor(n_figures=0)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.validate(SiameseModule(encoder), datamodule=data, verbose=False)
+    return trainer, {key: float(value) for key, value in trainer.callback_metrics.items()}
 
-folder, csv, devices, out = sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
+
+_TWO_PROCESSES = """
+import json, sys, warnings
+tests, folder, csv, out = sys.argv[1:]
+sys.path.insert(0, tests)
+from test_callbacks import validate
+
 warnings.simplefilter("ignore")
-encoder = SiameseEncoder.from_pretrained(folder, reference="pad", similarity="cos")
-data = PairDataModule(encoder.preprocess, validation=csv, eval_batch_size=2)
-trainer = pl.Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-    callbacks=[AttributionMonitor(pairs(), LAYERS, n_pairs=N_PAIRS, n_figures=0)],
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-)
-trainer.validate(SiameseModule(encoder), datamodule=data, verbose=False)
+trainer, values = validate(folder, csv, 2)
 if trainer.is_global_zero:
-    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
     open(out, "w").write(json.dumps(values))
 """
 
 
 def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "model")
-    csv = write_csv(tmp_path / "pairs.csv", pairs(11))  # odd, and no multiple of the batch
-    (tmp_path / "validate.py").write_text(_VALIDATE)
-    logged = {}
-    for devices in (1, 2):
-        out = tmp_path / f"{devices}.json"
-        arguments = [Path(__file__).parent, folder, csv, devices, out]
-        run = subprocess.run(
-            [sys.executable, tmp_path / "validate.py", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr[-2000:]
-        logged[devices] = json.loads(out.read_text())
-    assert set(logged[1]) == set(logged[2])
-    assert {layer_key(1, "converged_fraction"), "val/spearman_cosine"} <= set(logged[1])
-    for key, value in logged[1].items():
+    folder = str(tiny_folder(tmp_path / "model"))
+    csv = str(write_csv(tmp_path / "pairs.csv", pairs(11)))  # odd, and no multiple of the batch
+    _, alone = validate(folder, csv, 1)
+    (tmp_path / "validate.py").write_text(_TWO_PROCESSES)
+    out = tmp_path / "two.json"
+    arguments = [str(Path(__file__).parent), folder, csv, str(out)]
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "validate.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    together = json.loads(out.read_text())
+    assert set(together) == set(alone)
+    assert {layer_key(1, "converged_fraction"), "val/spearman_cosine"} <= set(alone)
+    for key, value in alone.items():
         if not key.endswith("seconds"):
-            assert logged[2][key] == pytest.approx(value, abs=EQUAL), key
+            assert together[key] == pytest.approx(value, abs=EQUAL), key
 
 
 def test_bad_settings_are_refused_before_training(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_score_of_an_unmodified_model_adds_up(unmodified: SiameseEncoder) ->
 def test_residuals_stay_within_their_bound(
     unmodified: SiameseEncoder, texts: list[str], layer: int
 ) -> None:
-    texts_a, texts_b = texts[:8], texts[8:16]
+    texts_a, texts_b = texts[:5], texts[5:10]
     attributor = PairAttributor(unmodified, layer)
     vectors = {v.text: v for v in attributor.token_vectors([*texts_a, *texts_b])}
     for result in attributor.attribute(texts_a, texts_b):
@@ -67,7 +67,7 @@ def test_residuals_stay_within_their_bound(
         bound += error_a * error_b * delta_a * delta_b
         assert abs(result.residual) <= bound / (a.norm * b.norm) + 1e-6  # float32 of the score
         assert result.completeness_error <= 1e-3
-    tight = PairAttributor(unmodified, layer, tolerance=1e-6).attribute(texts_a[:2], texts_b[:2])
+    tight = PairAttributor(unmodified, layer, tolerance=1e-6).attribute(texts_a[:1], texts_b[:1])
     assert max(abs(result.residual) for result in tight) <= 1e-5
 
 

@@ -379,8 +379,8 @@ def load_config(
         schema: `TrainConfig` or `EvaluateConfig`.
         files: YAML files; a later one wins over an earlier one, key by key.
         overrides: ``key=value`` texts, read by the type that the key declares: ``model.name=no`` is
-            text, ``attribution.layers=4`` a list. "null" or "none" stands for nothing where that is
-            allowed; text is taken as it is, blanks included.
+            text, ``attribution.layers=4`` a list. "null" stands for nothing where that is allowed;
+            text is taken as it is, blanks included.
 
     Raises:
         InputError: If a file is missing or no YAML, a key is unknown, or a value is of the wrong

@@ -255,8 +255,9 @@ def _from_text(text: str, hint: Any) -> Any:
     """Return what ``text`` means for the declared type; the text itself where it means nothing."""
     bases = [_bare(member)[0] for member in _members(hint)]
     word = text.strip()
-    nothing = _NULL[:1] if str in bases else _NULL  # "none" is a text where texts are allowed
-    if type(None) in bases and word.lower() in nothing:
+    # "none" is a text where texts are allowed (`data.column_label=none`); Python's None is not.
+    is_null = word in ("null", "None") if str in bases else word.lower() in _NULL
+    if type(None) in bases and is_null:
         return None
     if bool in bases and word.lower() in _TRUE + _FALSE:
         return word.lower() in _TRUE
