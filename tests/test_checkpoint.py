@@ -47,7 +47,7 @@ for trust in (False, True):
         SentenceTransformer(pad, device="cpu", trust_remote_code=trust).encode(texts)
         print("ENCODED")
     except Exception as error:
-        print("REFUSED", type(error).__name__, str(error).replace("\n", " ")[:300])
+        print("REFUSED", type(error).__name__, " ".join(str(error).split())[:300])
 """
 
 

@@ -114,6 +114,9 @@ def _train(arguments: argparse.Namespace) -> None:
     _hide_loading_bars()
     result = run_training(config)
     if result.is_first_process:
+        for key, value in result.metrics.items():
+            if key.startswith(("val/", "test/")):
+                print(f"{key:22} {value:.4f}")
         print(f"best checkpoint  {result.best_checkpoint}")
         print(f"last checkpoint  {result.last_checkpoint}")
         print(f"exported model   {result.export}")

@@ -118,7 +118,15 @@ def _print_values(axes: Axes, matrix: Tensor, limit: float) -> None:
     for i, row in enumerate(matrix.tolist()):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+            axes.text(
+                j,
+                i,
+                f"{value:.2f}".replace("-0.00", "0.00"),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=colour,
+            )
 
 
 def _title(result: PairAttribution, hidden: float | None) -> str:
