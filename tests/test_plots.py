@@ -84,6 +84,18 @@ def test_a_picture_needs_a_known_suffix(result: PairAttribution, tmp_path: Path)
         save_figure(Figure(), tmp_path / "x.gif")
 
 
+def test_html_escapes_what_users_wrote(result: PairAttribution) -> None:
+    names = ("<script>alert(1)</script>", *result.tokens_a[1:])
+    odd = dataclasses.replace(result, tokens_a=names, converged=False)
+    page = odd.to_html()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>not converged</b>" in page
+    assert page.count("<td") == result.bordered().numel()
+    assert f"{result.score:.4f}" in page
+    assert result._repr_html_() == result.to_html()
+
+
 def test_no_pyplot_state() -> None:
     pyplot = sys.modules.get("matplotlib.pyplot")  # TensorBoard's writer may import it
     assert pyplot is None or pyplot.get_fignums() == []

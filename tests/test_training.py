@@ -19,7 +19,7 @@ from models import WORDS, tiny_folder
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xsiam import training
+from xsiam import checks, training
 from xsiam.config import TrainConfig, load_config
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError, ModelError
@@ -303,7 +303,7 @@ def test_ctrl_c_before_the_first_step_says_so(
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from xsiam import training
+from xsiam import checks, training
 from xsiam.config import TrainConfig, load_config
 
 if __name__ == "__main__":
@@ -449,7 +449,7 @@ def test_layer_out_of_range_is_refused(inputs: Path, tmp_path: Path) -> None:
 def test_missing_gpu_is_refused(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for kind in (training.CUDAAccelerator, training.MPSAccelerator):
+    for kind in (checks.CUDAAccelerator, checks.MPSAccelerator):
         monkeypatch.setattr(kind, "is_available", staticmethod(lambda: False))
     match = f"`trainer.accelerator` to be there, but got '{name}'.*`trainer.accelerator=cpu`"
     refused(inputs, tmp_path, InputError, match, f"trainer.accelerator={name}")

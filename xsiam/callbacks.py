@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from xsiam.accuracy import PairValues, layer_key, sample_pairs, summarise_values, values_of
+from xsiam.accuracy import KEYS, PairValues, layer_key, sample_pairs, summarise_values, values_of
 from xsiam.attribution import PairAttributor
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
@@ -95,7 +96,7 @@ class AttributionMonitor(Callback):
         if len(pairs) == 0:
             raise InputError("Expected pairs to attribute, but got none. Set `data.validation`.")
         self.pairs = pairs.select(sample_pairs(len(pairs), n_pairs, seed))
-        self.layers = tuple(layers)
+        self.layers = tuple(dict.fromkeys(layers))
         self.n_figures = n_figures
         self.every_n_epochs = every_n_epochs
         self.roles = (role_a, role_b)
@@ -109,10 +110,12 @@ class AttributionMonitor(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check layers, roles and the strategy before any long work.
+        """Check everything that can be wrong before any long work.
 
         Raises:
-            InputError: If a layer or a role does not exist, or the weights are sharded.
+            InputError: If a layer, a role or a rule does not exist, a number is out of range, the
+                weights are sharded, or another callback monitors what is not logged.
+            ModelError: If the model cannot be attributed.
         """
         encoder = _encoder_of(pl_module)
         for layer in self.layers:
@@ -127,6 +130,17 @@ class AttributionMonitor(Callback):
                 "states of the whole model. Set `attribution.enabled=false` or "
                 "`trainer.strategy=ddp`."
             )
+        if self.layers:
+            # Refuses what it cannot do; the first validation would be an epoch later.
+            with isolate_rng():
+                PairAttributor(encoder, self.layers[0], **self.settings)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _check_monitored(trainer)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that are logged."""
+        return tuple(layer_key(layer, name) for layer in self.layers for name in KEYS)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attribute the sample at every layer and log the results."""
@@ -171,6 +185,32 @@ class AttributionMonitor(Callback):
                 figure, _ = plot_attribution(result)
                 tag = layer_key(layer, f"pair_{position}")
                 logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+
+
+def _check_monitored(trainer: Trainer) -> None:
+    """Raise InputError where a callback monitors an attribution that a validation may not log."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
+    monitors = [x for x in callbacks if isinstance(x, AttributionMonitor)]
+    wanted = [x.monitor for x in callbacks if isinstance(x, ModelCheckpoint | EarlyStopping)]
+    for key in wanted:
+        if key is None or not key.startswith("attribution/"):
+            continue
+        logging = [monitor for monitor in monitors if key in monitor.keys]
+        if not logging:
+            known = ", ".join(x for monitor in monitors for x in monitor.keys)
+            raise InputError(
+                f"Expected the monitored attribution metric to be one of {known}, but got {key!r}. "
+                "Set `checkpoint.monitor` or `attribution.layers`."
+            )
+        # Where validations leave it out, Lightning fails or compares the value of other weights.
+        interval = trainer.check_val_every_n_epoch
+        every = min(monitor.every_n_epochs for monitor in logging)
+        if every > 1 and (interval is None or interval % every):
+            raise InputError(
+                f"Expected `every_n_epochs` to be 1, since {key!r} is monitored and every "
+                f"validation has to log it, but got {every}. Set `attribution.every_n_epochs=1` or "
+                f"`trainer.check_val_every_n_epoch={every}`."
+            )
 
 
 def _summary(shares: Sequence[_Share]) -> dict[str, float]:

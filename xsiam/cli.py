@@ -142,6 +142,10 @@ def _explain(arguments: argparse.Namespace) -> None:
     from xsiam.report import print_attribution
 
     _hide_loading_bars()
+    if arguments.plot is not None:
+        from xsiam.plots import check_picture, plot_attribution, save_figure
+
+        check_picture(arguments.plot)
     shift = arguments.shift
     if shift is None and not records_shift(arguments.model):
         shift = False
@@ -163,8 +167,6 @@ def _explain(arguments: argparse.Namespace) -> None:
         result.save(arguments.save)
     print_attribution(result, top=arguments.top)
     if arguments.plot is not None:
-        from xsiam.plots import plot_attribution, save_figure
-
         print(f"heat map: {save_figure(plot_attribution(result)[0], arguments.plot)}")
 
 

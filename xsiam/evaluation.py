@@ -53,11 +53,13 @@ __all__ = ["EvaluationResult", "run_evaluation"]
 CATEGORY = "category"
 """Column by which mean scores are tabulated, where the pairs have it."""
 
-GAP = 0.1
-"""Difference of score and matrix sum that counts as large, in units of the score."""
-
 _SCORES = ("cosine", "dot")
-_PAIR_COLUMNS = ("sum", "residual", "completeness_error", "converged")
+# Columns of `pairs.parquet` for each layer, of those that `row_of` returns.
+_PAIR_COLUMNS = (
+    "score", "sum", "main_effects_a", "main_effects_b", "intercept", "residual",
+    "convergence_delta", "completeness_error", "completeness_error_a", "completeness_error_b",
+    "token_error", "converged", "n_nodes_a", "n_nodes_b",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -445,7 +447,7 @@ def _layers(config: EvaluateConfig, encoder: SiameseEncoder, notes: list[str]) -
     """Return the layers to attribute at, all of them checked, with the settings to do it by."""
     if not config.attribution.enabled:
         return []
-    layers = list(config.attribution.layers)
+    layers = list(dict.fromkeys(config.attribution.layers))
     if not layers:
         layers = [max(encoder.n_layers - 1, 0)]
         notes.append(
@@ -485,9 +487,6 @@ def _data_module(
         needs_label=False,
         expected_range=objective.label_range,
     )
-
-
-# -- numbers --------------------------------------------------------------------------------------
 
 
 # -- files and table ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from xsiam.errors import InputError
 from xsiam.result import PairAttribution
 
 MAIN_EFFECT = "main effect"
-_PRINTED_UP_TO = 15  # cells a side, up to which values are printed inside
+_PRINTED_UP_TO = 24  # cells a side, up to which values are printed inside
 _LABELLED_UP_TO = 40  # tokens a side, up to which every one is named
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -30,7 +30,9 @@ def plot_attribution(
 ) -> tuple[Figure, Axes]:
     """Draw the attribution matrix, bordered by main effects and intercept.
 
-    Colours are symmetric about zero: red adds to the score, blue takes away.
+    Colours are symmetric about zero: red adds to the score, blue takes away. Their range is that of
+    the pairs; main effects and an intercept beyond it have the darkest colour, and the colour bar
+    ends in arrows. (The intercept of an unshifted model would leave its pairs without any colour.)
 
     Args:
         result: The attribution.
@@ -45,17 +47,22 @@ def plot_attribution(
     columns = [j for j, s in enumerate(result.special_mask_b) if special_tokens or not s]
     shown = result.matrix[rows][:, columns]
     hidden = float(result.matrix.sum() - shown.sum())
+    largest_pair = float(shown.abs().max()) if shown.numel() else 0.0
     names_a = [_printable(result.tokens_a[i]) for i in rows]
     names_b = [_printable(result.tokens_b[j]) for j in columns]
     if main_effects:
         shown = _with_border(result, shown, rows, columns)
         names_a, names_b = [*names_a, MAIN_EFFECT], [*names_b, MAIN_EFFECT]
     figure, axes = _canvas(ax, len(names_a), len(names_b))
-    limit = max(float(shown.abs().max()), 1e-12)
+    largest = float(shown.abs().max()) if shown.numel() else 0.0
+    limit = colour_limit(largest_pair, largest)
     norm = TwoSlopeNorm(vcenter=0.0, vmin=-limit, vmax=limit)
     image = axes.imshow(shown.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
-    figure.colorbar(image, ax=axes, label="share of the score")
+    extend = "both" if largest > limit else "neither"
+    figure.colorbar(image, ax=axes, label="share of the score", extend=extend)
     _name_ticks(axes, names_a, names_b)
+    axes.set_ylabel("text a")
+    axes.set_xlabel("text b")
     if max(shown.shape) <= _PRINTED_UP_TO:
         _print_values(axes, shown, limit)
     if main_effects:
@@ -66,8 +73,18 @@ def plot_attribution(
     return figure, axes
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure to a file and return its path.
+def colour_limit(largest_pair: float, largest: float) -> float:
+    """Return the value of the darkest colour: that of the pairs, unless they are next to nothing.
+
+    Args:
+        largest_pair: Largest absolute entry of the matrix.
+        largest: The same with main effects and intercept.
+    """
+    return max(largest_pair, 1e-3 * largest, 1e-12)
+
+
+def check_picture(path: str | Path) -> Path:
+    """Return the path of a picture that can be written.
 
     Raises:
         InputError: If the suffix is not one of .png, .svg and .pdf.
@@ -77,6 +94,16 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         raise InputError(
             f"Expected a picture with a suffix among {list(_SUFFIXES)}, but got {str(path)!r}."
         )
+    return path
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to a file and return its path.
+
+    Raises:
+        InputError: If the suffix is not one of .png, .svg and .pdf.
+    """
+    path = check_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         _ignore_missing_glyphs()

@@ -45,7 +45,9 @@ def attribution_tables(result: PairAttribution, *, width: int) -> Iterator[Table
     effects, the corner the intercept.
     """
     bordered = result.bordered().tolist()
-    limit = max(max(abs(value) for value in row) for row in bordered) or 1.0
+    largest = max(abs(value) for row in bordered for value in row)
+    # As in the heat maps: an intercept must not take the colour from all pairs.
+    limit = max(float(result.matrix.abs().max()), 1e-3 * largest, 1e-12)
     names_a = [*result.tokens_a, "main effect"]
     names_b = [*result.tokens_b, "main effect"]
     widths = [max(_CELL, min(len(name), _NAME)) + 1 for name in names_b]
@@ -68,11 +70,10 @@ def summary_table(result: PairAttribution) -> Table:
     converged = "yes" if result.converged else "NO"
     rows = [
         ("score", f"{result.score:.4f} ({result.similarity})"),
-        (
-            "= pairs + main effects + intercept + residual",
-            f"{result.matrix.sum().item():.4f} {main_a:+.4f} {main_b:+.4f} "
-            f"{result.intercept:+.4f} {result.residual:+.1e}",
-        ),
+        ("= sum of pairs", f"{result.matrix.sum().item():+.4f}"),
+        ("+ main effects of a and b", f"{main_a:+.4f} {main_b:+.4f}"),
+        ("+ intercept", f"{result.intercept:+.4f}"),
+        ("+ residual", f"{result.residual:+.1e}"),
         ("completeness error", f"{result.completeness_error:.1e}"),
         ("token error (estimate)", f"{result.token_error:.1e}"),
         ("converged", f"{converged} (tolerance {result.tolerance:.0e})"),

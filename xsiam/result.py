@@ -158,6 +158,16 @@ class PairAttribution:
             if (value := getattr(self, f.name)) is not None
         }
 
+    def to_html(self) -> str:
+        """Return the bordered matrix with score and errors as an HTML fragment, texts escaped."""
+        from xsiam.page import render_html
+
+        return render_html(self)
+
+    def _repr_html_(self) -> str:
+        """Show the matrix in a notebook."""
+        return self.to_html()
+
     def save(self, path: str | Path) -> None:
         """Write the result to one safetensors file."""
         plain = {
