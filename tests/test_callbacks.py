@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as pl
 import pytest
@@ -17,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xsiam.accuracy import KEYS, layer_key, sample_pairs, summarise
 from xsiam.attribution import PairAttributor
-from xsiam.callbacks import AttributionMonitor
+from xsiam.callbacks import AttributionMonitor, _summary
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError
@@ -57,7 +59,9 @@ class KeepLosses(pl.Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def fit(tmp_path: Path, callbacks: list[pl.Callback], epochs: int = 2) -> tuple[pl.Trainer, list]:
+def fit(
+    tmp_path: Path, callbacks: list[pl.Callback], epochs: int = 2, **options: Any
+) -> tuple[pl.Trainer, list]:
     pl.seed_everything(0, verbose=False)
     encoder = SiameseEncoder(tiny_model(dropout=0.2), reference="uniform", similarity="cos")
     csv = write_csv(tmp_path / "pairs.csv", pairs())
@@ -75,6 +79,7 @@ def fit(tmp_path: Path, callbacks: list[pl.Callback], epochs: int = 2) -> tuple[
         num_sanity_val_steps=1,
         log_every_n_steps=1,
         default_root_dir=tmp_path,
+        **options,
     )
     trainer.fit(SiameseModule(encoder), datamodule=data)
     return trainer, losses.losses
@@ -195,6 +200,56 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
     for key, value in alone.items():
         if not key.endswith("seconds"):
             assert together[key] == pytest.approx(value, abs=EQUAL), key
+
+
+@pytest.mark.parametrize("world_size", [2, 3, N_PAIRS + 2])
+def test_each_pair_is_of_one_process_however_many_there_are(world_size: int) -> None:
+    encoder = SiameseEncoder(tiny_model(), reference="uniform", similarity="cos")
+    some = monitor()
+    shares = [
+        some._attribute_share(encoder, 2, SimpleNamespace(global_rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    positions = sorted(position for share in shares for position in share.values)
+    assert positions == list(range(N_PAIRS))
+    alone = some._attribute_share(encoder, 2, SimpleNamespace(global_rank=0, world_size=1))
+    together = _summary(shares) | {"seconds": 0.0}
+    assert together == pytest.approx(_summary([alone]) | {"seconds": 0.0}, abs=EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": 0.0}, r"`tolerance` to be a positive number, but got 0\.0"),
+        ({"max_nodes": 0}, r"`max_nodes` to be a positive number, but got 0"),
+        ({"time_budget": -1.0}, r"`time_budget` to be a positive number, but got -1\.0"),
+        ({"quadrature": "simpson"}, r"but got 'simpson'\. Set `attribution\.quadrature`"),
+        ({"quadrature": "riemann"}, r"'riemann', but got None\. Set `attribution\.n_nodes`"),
+        ({"memory_budget": "lots"}, r"but got 'lots'\. Set `attribution\.memory_budget`"),
+    ],
+)
+def test_bad_quadrature_is_refused_before_the_first_step(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    losses = KeepLosses()
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, [monitor(**settings), losses])
+    assert losses.losses == []
+
+
+def test_only_what_every_validation_logs_can_be_monitored(tmp_path: Path) -> None:
+    key = layer_key(2, "completeness_error_mean")
+    for callback in (ModelCheckpoint(tmp_path / "a", monitor=key), EarlyStopping(key)):
+        losses = KeepLosses()
+        with pytest.raises(InputError, match=rf"{key}.* but got 3\. Set .*every_n_epochs=1"):
+            fit(tmp_path, [monitor(every_n_epochs=3), callback, losses])
+        assert losses.losses == []
+    unknown = layer_key(2, "completeness")
+    with pytest.raises(InputError, match=rf"{key}.* but got '{unknown}'"):
+        fit(tmp_path, [monitor(), EarlyStopping(unknown)])
+    best = ModelCheckpoint(tmp_path / "b", monitor=key)
+    fit(tmp_path, [monitor(every_n_epochs=2), best], check_val_every_n_epoch=2)
+    assert best.best_model_score is not None
 
 
 def test_bad_settings_are_refused_before_training(tmp_path: Path) -> None:

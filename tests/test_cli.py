@@ -85,6 +85,11 @@ def test_user_errors_are_one_line_and_exit_2(model: str, arguments, message: str
     assert "Traceback" not in error
 
 
+def test_a_picture_that_cannot_be_is_refused_before_the_model_is_loaded(capsys) -> None:
+    assert main(["explain", "dog", "cat", "--model", "./nowhere", "--plot", "x.gif"]) == 2
+    assert "'x.gif'" in capsys.readouterr().err
+
+
 def test_config_errors_are_one_line(capsys) -> None:
     assert main(["train", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err

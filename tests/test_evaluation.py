@@ -194,6 +194,12 @@ def test_pairs_file(inputs: Path, finished: EvaluationResult) -> None:
             assert total == pytest.approx(row["score"], abs=SCORE_TOLERANCE)
             assert row[f"layer_{layer}_completeness_error"] < 1e-3
             assert row[f"layer_{layer}_converged"]
+        written = pq.read_table(
+            finished.results_path.parent / "attributions" / f"layer_{layer}.parquet"
+        )
+        for line in written.to_pylist():
+            for name in ("score", "main_effects_b", "intercept", "convergence_delta", "n_nodes_a"):
+                assert rows[line["index"]][f"layer_{layer}_{name}"] == line[name]
 
 
 def test_strongest_pairs_and_figures(finished: EvaluationResult) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from models import TEXT_A, TEXT_B, tiny_model
+from rich.cells import cell_len
 from rich.console import Console
 
 from xsiam.attribution import PairAttributor
@@ -35,10 +36,24 @@ def test_the_bordered_matrix_is_drawn(result: PairAttribution) -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == [*result.tokens_a, "main effect"]
     assert [t.get_text() for t in axes.get_xticklabels()] == [*result.tokens_b, "main effect"]
     low, high = axes.images[0].get_clim()
-    assert low == -high == pytest.approx(-float(result.bordered().abs().max()))
+    assert low == -high == pytest.approx(-float(result.matrix.abs().max()))
     assert f"score {result.score:.4f}" in axes.get_title()
     assert f"{result.completeness_error:.1e}" in axes.get_title()
     assert isinstance(figure, Figure)
+
+
+def test_the_intercept_leaves_the_pairs_their_colours(result: PairAttribution) -> None:
+    largest = float(result.matrix.abs().max())
+    _, axes = plot_attribution(dataclasses.replace(result, intercept=1000 * largest))
+    image = axes.images[0]
+    assert image.get_clim() == pytest.approx((-largest, largest))
+    assert image.colorbar.extend == "both"
+    printed = max(float(text.get_text()) for text in axes.texts)
+    assert printed == pytest.approx(1000 * largest, abs=0.01)
+    # Pairs that are noise beside the border do not set the colours.
+    noise = dataclasses.replace(result, matrix=1e-9 * result.matrix)
+    border = float(noise.bordered().abs().max())
+    assert plot_attribution(noise)[1].images[0].get_clim()[1] == pytest.approx(1e-3 * border)
 
 
 def test_special_tokens_can_be_left_out_and_their_sum_is_named(result: PairAttribution) -> None:
@@ -62,8 +77,10 @@ def test_any_token_can_be_drawn(result: PairAttribution, tmp_path: Path) -> None
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_long_texts_name_every_other_token(result: PairAttribution) -> None:
-    n = 90
+@pytest.mark.parametrize(("n", "named"), [(90, 31), (91, 31), (92, 31), (41, 21), (39, 40)])
+def test_long_texts_name_some_tokens_and_the_border(
+    result: PairAttribution, n: int, named: int
+) -> None:
     long = dataclasses.replace(
         result,
         matrix=torch.randn(n, n),
@@ -75,7 +92,10 @@ def test_long_texts_name_every_other_token(result: PairAttribution) -> None:
         special_mask_b=(False,) * n,
     )
     _, axes = plot_attribution(long)
-    assert len(axes.get_yticklabels()) == 31
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == named
+    assert labels[-1] == "main effect"
+    assert labels == [label.get_text() for label in axes.get_xticklabels()]
     assert shown(axes).shape == (n + 1, n + 1)
 
 
@@ -114,3 +134,22 @@ def test_console_tables_hold_every_value(result: PairAttribution, width: int) ->
     for row in result.bordered().tolist():
         assert all(f"{value:+.3f}" in out for value in row)
     assert "[CLS]" in out
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_tokens_of_double_width_do_not_cut_values(result: PairAttribution, width: int) -> None:
+    tokens = ("中华人民共和国", "🐕🐕🐕🐕", "a")
+    wide = dataclasses.replace(
+        result,
+        tokens_a=(tokens * 9)[: len(result.tokens_a)],
+        tokens_b=(tokens * 9)[: len(result.tokens_b)],
+    )
+    console = Console(width=width, markup=False)
+    with console.capture() as capture:
+        for table in attribution_tables(wide, width=width):
+            console.print(table)
+    out = capture.get()
+    assert max(map(cell_len, out.splitlines())) <= width
+    for name, row in zip([*wide.tokens_a, "main effect"], wide.bordered().tolist(), strict=True):
+        assert name in out
+        assert all(f"{value:+.3f}" in out for value in row)

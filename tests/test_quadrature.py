@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xsiam.errors import InputError
-from xsiam.quadrature import FIXED_RULES, KRONROD_ORDERS, Rule, fixed_rule, gauss_kronrod
+from xsiam.quadrature import FIXED_RULES, Rule, fixed_rule
 
 EXACT = 1e-14  # worst measured 8e-17
 DEGREES = {"riemann": 0, "midpoint": 1, "gauss_legendre": 9}  # for five nodes
@@ -42,17 +42,12 @@ def test_riemann_takes_the_published_nodes(n_nodes: int) -> None:
     assert torch.equal(rule.weights, torch.full((n_nodes,), 1 / n_nodes, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("order", "degree", "gauss_degree"), [(3, 5, 1), (7, 11, 5), (15, 23, 13)])
-def test_kronrod_pairs_are_exact_to_both_degrees(
-    order: int, degree: int, gauss_degree: int
-) -> None:
-    rule = gauss_kronrod(order)
-    assert rule.n_nodes == order
-    assert order in KRONROD_ORDERS
-    assert max(monomial_error(rule, d) for d in range(degree + 1)) < EXACT
-    assert monomial_error(rule, degree + 1) > 1e-10
-    assert max(monomial_error(rule, d, embedded=True) for d in range(gauss_degree + 1)) < EXACT
-    assert monomial_error(rule, gauss_degree + 1, embedded=True) > 1e-6
+@pytest.mark.parametrize("n_nodes", [2, 5, 8, 16])
+def test_the_embedded_gauss_rule_leaves_out_one_coefficient(n_nodes: int) -> None:
+    rule = fixed_rule("gauss_legendre", n_nodes)
+    errors = [monomial_error(rule, d, embedded=True) for d in range(n_nodes)]
+    assert max(errors[: n_nodes - 1]) < 1e-13
+    assert errors[n_nodes - 1] > 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(FIXED_RULES))

@@ -447,7 +447,7 @@ def _layers(config: EvaluateConfig, encoder: SiameseEncoder, notes: list[str]) -
     """Return the layers to attribute at, all of them checked, with the settings to do it by."""
     if not config.attribution.enabled:
         return []
-    layers = list(dict.fromkeys(config.attribution.layers))
+    layers = list(config.attribution.layers)
     if not layers:
         layers = [max(encoder.n_layers - 1, 0)]
         notes.append(

@@ -2,35 +2,45 @@
 
 Adaptive integration plans cheaply and integrates once. The total derivative along a path costs one
 tangent where the token vectors cost S, and its integral over any panel [α, β] is known exactly,
-from the embeddings at both ends: ẽ(x(β)) − ẽ(x(α)). So panels are bisected on exact errors, and
-only the final nodes carry the tangent of every token. Many texts of one length refine independently
-but are evaluated together.
+from the embeddings at both ends: ẽ(x(β)) − ẽ(x(α)). So panels and their
+orders are chosen on exact errors, and only the final nodes carry the tangent of every token. The
+rules are Gauss-Legendre with as many nodes as the decay of the Legendre coefficients asks for. Many
+texts of one length refine independently but are evaluated together.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xsiam.paths import PathGroup
-from xsiam.quadrature import KRONROD_ORDERS, Rule, gauss_kronrod
+from xsiam.quadrature import Rule, gauss_legendre
 
 # The plan keeps a panel sum this share of the tolerance, so that acceptance rarely fails.
 _PLAN_SHARE = 0.5
-# A lower order is tried on a panel only where the error lies this far below what is allowed.
-_DOWNGRADE_SHARE = 1e-2
+# Nodes of a panel: where planning begins, and what the measured decay may change them to.
+_FIRST_ORDER = 8
+_LOWER_ORDERS = (2, 3, 4, 5, 6, 7)
+_HIGHER_ORDERS = (10, 12, 14, 16)
+# A predicted error must lie this far below what is allowed before an order is tried.
+_PREDICTION_SAFETY = 0.5
+_FASTEST_DECAY = 0.02
 # Bounds of the ratio by which a panel's exact total error scales its embedded token differences:
 # the ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing.
 _RATIO_SAFETY = 3.0
-_RATIO_FLOOR = 2e-3
+_RATIO_FLOOR = 2e-4
 _NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are noise
-# An error this many times the noise that bisecting lowered by less than this factor is noise too.
+# An error up to so many times the noise, which so many bisections in a row lowered by less than
+# this factor, is noise too.
 _NEAR_NOISE = 64.0
 _NO_PROGRESS = 0.25
+_MAX_STALLS = 3
 _RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
 
 
@@ -87,7 +97,7 @@ def integrate_adaptive(
     """
     starts, ends = group.embed(0.0), group.embed(1.0)
     texts = [
-        _Text(i, tolerance, max_nodes, [_whole(group, starts[i], ends[i], _TOP_RULE)])
+        _Text(i, tolerance, max_nodes, [_whole(group, starts[i], ends[i], _gauss(_FIRST_ORDER))])
         for i in range(group.size)
     ]
     _plan(group, texts, deadline)
@@ -102,8 +112,18 @@ def integrate_adaptive(
     return [_assemble(t.panels, tolerance, t.n_evaluated) for t in texts]
 
 
-_RULES = {order: gauss_kronrod(order) for order in KRONROD_ORDERS}
-_TOP_RULE = _RULES[max(KRONROD_ORDERS)]
+@functools.cache
+def _gauss(order: int) -> Rule:
+    return gauss_legendre(order)
+
+
+@functools.cache
+def _legendre(order: int) -> Tensor:
+    """Return what maps values at the Gauss nodes to Legendre coefficients, [order, order]."""
+    rule = gauss_legendre(order)
+    basis = np.polynomial.legendre.legvander(2 * rule.nodes.numpy() - 1, order - 1)
+    degrees = 2 * torch.arange(order, dtype=torch.float64) + 1
+    return degrees[:, None] * torch.from_numpy(basis).T * rule.weights
 
 
 @dataclass
@@ -117,7 +137,9 @@ class _Panel:
     rule: Rule
     noise: float
     parent_error: float = float("inf")
+    stalls: int = 0
     error: float | None = None
+    spectrum: Tensor | None = None
     vectors: Tensor | None = None
     embedded: Tensor | None = None
 
@@ -149,19 +171,40 @@ class _Panel:
     def halves(self, error: float) -> tuple[_Panel, _Panel]:
         """Return both halves, which remember the error that the whole panel had."""
         middle = (self.left + self.right) / 2
+        rule, stalls = _gauss(_FIRST_ORDER), self._stalls_with(error)
         return (
-            _Panel(self.left, middle, self.start, None, _TOP_RULE, self.noise, error),
-            _Panel(middle, self.right, None, self.end, _TOP_RULE, self.noise, error),
+            _Panel(self.left, middle, self.start, None, rule, self.noise, error, stalls),
+            _Panel(middle, self.right, None, self.end, rule, self.noise, error, stalls),
         )
+
+    def predicted_error(self, order: int) -> float:
+        """Predict the error of another order from the decay of the Legendre coefficients.
+
+        Gauss-Legendre with n nodes leaves the coefficients from degree 2n on: those that were
+        measured are taken as they are, beyond them the last ones decay geometrically.
+        """
+        assert self.spectrum is not None
+        assert self.error is not None
+        known, n = self.spectrum, len(self.spectrum)
+        last = known[-2:].sum() / known[-4:-2].sum().clamp_min(1e-300)
+        decay = float(last.sqrt().clamp(_FASTEST_DECAY, 1.0))
+        if order > n:
+            return self.error * decay ** (2 * (order - n))
+        beyond = float(known[-1]) * decay ** max(1, 2 * order - n + 1)
+        return (self.right - self.left) * (float(known[2 * order :].sum()) + beyond)
 
     def can_improve(self, error: float) -> bool:
         """Whether bisecting lowers an error, or it is float noise of the embeddings.
 
-        Noise is what lies below its expected size, and what bisecting did not lower although it was
-        close: a resolved panel's error falls by orders of magnitude.
+        Noise is what lies below its expected size, and what several bisections did not lower
+        although it was close: a resolved panel's error falls by orders of magnitude.
         """
         near = error <= _NEAR_NOISE * self.noise
-        return error > self.noise and not (near and error > _NO_PROGRESS * self.parent_error)
+        return error > self.noise and not (near and self._stalls_with(error) >= _MAX_STALLS)
+
+    def _stalls_with(self, error: float) -> int:
+        """Count the bisections in a row that did not lower the error, up to this panel."""
+        return self.stalls + 1 if error > _NO_PROGRESS * self.parent_error else 0
 
     def token_errors(self) -> Tensor:
         """Estimate the error of every token's share of this panel, [S].
@@ -213,7 +256,18 @@ class _Text:
                 worst.append(panel)
                 left -= panel.error
         room = self.max_nodes - self.n_evaluated - self.n_planned
-        return worst[: max(0, room // _TOP_RULE.n_nodes)]
+        return worst[: max(0, room // _gauss(_FIRST_ORDER).n_nodes)]
+
+    def raise_order(self, panel: _Panel) -> bool:
+        """Give a panel more nodes if that is predicted to do; whether it was."""
+        if panel.rule.n_nodes != _FIRST_ORDER:
+            return False
+        share = self.allowed() / len(self.panels)
+        for order in _HIGHER_ORDERS:
+            if panel.predicted_error(order) <= _PREDICTION_SAFETY * share:
+                panel.rule = _gauss(order)
+                return True
+        return False
 
     def split_panel(self, panel: _Panel, error: float) -> list[_Panel]:
         where = next(i for i, p in enumerate(self.panels) if p is panel)
@@ -236,7 +290,7 @@ class _Text:
         if (float(total.norm()) <= limit and token_error <= limit) or not allowed:
             return
         left = token_error
-        room = (self.max_nodes - self.n_evaluated) // (2 * _TOP_RULE.n_nodes)
+        room = (self.max_nodes - self.n_evaluated) // (2 * _gauss(_FIRST_ORDER).n_nodes)
         ranked = [
             (max(float(share.max()), float(panel.total_error().norm())), float(share.max()), panel)
             for share, panel in zip(shares, self.panels, strict=True)
@@ -258,52 +312,57 @@ def _whole(group: PathGroup, start: Tensor, end: Tensor, rule: Rule) -> _Panel:
 
 
 def _plan(group: PathGroup, texts: Sequence[_Text], deadline: float | None) -> None:
-    """Bisect panels on the exact error of the total derivative's integral, then lower orders."""
+    """Choose panels and orders on the exact error of the total derivative's integral."""
     pending = [(t, p) for t in texts for p in t.panels]
     while pending:
         _measure(group, pending)
         if _is_over(deadline):
-            break
-        pending = [
-            (t, h)
-            for t in texts
-            for p in t.worst_panels()
-            for h in t.split_panel(p, p.error or 0.0)
-        ]
+            return
+        worst = [(text, panel) for text in texts for panel in text.worst_panels()]
+        pending = []
+        for text, panel in worst:
+            if text.raise_order(panel):
+                pending.append((text, panel))
+            else:
+                halves = text.split_panel(panel, panel.error or 0.0)
+                pending += [(text, half) for half in halves]
         _embed_missing_ends(group, texts)
-    for order in sorted(KRONROD_ORDERS[:-1], reverse=True):
-        _lower_orders(group, texts, _RULES[order])
+    _lower_orders(group, texts)
 
 
 def _measure(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None:
-    """Set the exact error of each panel's total integral."""
-    rows, alphas, panels = _flatten(pending)
+    """Set the exact error of each panel's total integral, and its Legendre coefficients."""
+    rows, alphas, _ = _flatten(pending)
     _, derivatives = group.totals(rows, alphas)
-    weights = torch.cat([p.weights for _, p in pending])
-    sums = torch.zeros(len(pending), derivatives.shape[1], dtype=torch.float64)
-    sums.index_add_(0, panels, derivatives * weights[:, None])
-    for (_, panel), total in zip(pending, sums, strict=True):
+    counts = [panel.rule.n_nodes for _, panel in pending]
+    for (_, panel), values in zip(pending, torch.split(derivatives, counts), strict=True):
+        total = (panel.weights[:, None] * values).sum(0)
         panel.error = float((total - panel.increment()).norm())
+        panel.spectrum = (_legendre(panel.rule.n_nodes) @ values).norm(dim=1)
 
 
-def _lower_orders(group: PathGroup, texts: Sequence[_Text], rule: Rule) -> None:
-    """Give panels a smaller rule where its error, measured too, still fits the allowance."""
+def _lower_orders(group: PathGroup, texts: Sequence[_Text]) -> None:
+    """Give panels fewer nodes where the error, predicted and then measured, is still allowed."""
     trials = []
     for text in texts:
         share = text.allowed() / len(text.panels)
         for panel in text.panels:
-            if panel.rule.n_nodes <= 2 * rule.n_nodes + 1 and (panel.error or 0.0) <= max(
-                share * _DOWNGRADE_SHARE, panel.noise
-            ):
-                trial = replace(panel, rule=rule, error=None)
-                trials.append((text, panel, trial))
+            if panel.rule.n_nodes != _FIRST_ORDER:
+                continue
+            fitting = (
+                order
+                for order in _LOWER_ORDERS
+                if panel.predicted_error(order) <= _PREDICTION_SAFETY * share
+            )
+            if (order := next(fitting, None)) is not None:
+                trials.append((text, panel, replace(panel, rule=_gauss(order), error=None)))
     if not trials:
         return
     _measure(group, [(text, trial) for text, _, trial in trials])
     for text, panel, trial in trials:
         assert trial.error is not None
         if trial.error <= text.allowed() / len(text.panels):
-            panel.rule, panel.error = rule, trial.error
+            panel.rule, panel.error = trial.rule, trial.error
 
 
 def _evaluate(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None:

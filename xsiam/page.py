@@ -40,7 +40,9 @@ not to the words alone.</small></p>
 def render_html(result: PairAttribution) -> str:
     """Return the bordered matrix with score and errors; every text in it is escaped."""
     bordered = result.bordered().tolist()
-    limit = max(max(abs(value) for value in row) for row in bordered) or 1.0
+    largest = max(max(abs(value) for value in row) for row in bordered) or 1.0
+    # Of the pairs: main effects of an unmodified model would pale everything else.
+    limit = max(float(result.matrix.abs().max()), 1e-3 * largest)
     rows: list[tuple[str, list[Any]]] = [
         (name, [(value, _colour(value / limit)) for value in row])
         for name, row in zip([*result.tokens_a, "main effect"], bordered, strict=True)
@@ -56,6 +58,6 @@ def render_html(result: PairAttribution) -> str:
 
 
 def _colour(share: float) -> str:
-    """Return white for 0, red towards 1 and blue towards -1."""
-    faded = round(255 * (1 - 0.75 * abs(share) ** 0.5))
+    """Return white for 0, red towards 1 and blue towards -1; more is no stronger."""
+    faded = round(255 * (1 - 0.75 * min(1.0, abs(share)) ** 0.5))
     return f"rgb(255,{faded},{faded})" if share > 0 else f"rgb({faded},{faded},255)"

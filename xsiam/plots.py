@@ -132,13 +132,16 @@ def _canvas(ax: Axes | None, n_rows: int, n_columns: int) -> tuple[Figure, Axes]
 
 
 def _name_ticks(axes: Axes, names_a: list[str], names_b: list[str]) -> None:
-    """Name the tokens; of very long texts only every n-th."""
-    step_a = -(-len(names_a) // _LABELLED_UP_TO)
-    step_b = -(-len(names_b) // _LABELLED_UP_TO)
-    axes.set_yticks(range(0, len(names_a), step_a), names_a[::step_a], fontsize=8)
-    axes.set_xticks(
-        range(0, len(names_b), step_b), names_b[::step_b], fontsize=8, rotation=45, ha="right"
-    )
+    """Name the tokens; of very long texts only every n-th, and the last."""
+    rows, columns = _named(len(names_a)), _named(len(names_b))
+    axes.set_yticks(rows, [names_a[i] for i in rows], fontsize=8)
+    axes.set_xticks(columns, [names_b[j] for j in columns], fontsize=8, rotation=45, ha="right")
+
+
+def _named(n: int) -> list[int]:
+    """Return the positions to name: evenly spaced, with the last, which is the border's."""
+    step = -(-n // _LABELLED_UP_TO)
+    return [*range(0, n - step, step), n - 1] if n else []
 
 
 def _print_values(axes: Axes, matrix: Tensor, limit: float) -> None:

@@ -1,4 +1,4 @@
-"""Quadrature on [0, 1]: fixed rules, and nested panel rules for adaptive refinement.
+"""Quadrature on [0, 1]: fixed rules, each with an embedded rule of lower degree.
 
 Nodes are built from integers (``torch.arange(1, 0, -1/N)`` yields N + 1 points for some N). All
 nodes and weights are float64.
@@ -95,71 +95,6 @@ def fixed_rule(name: str, n_nodes: int | None) -> Rule:
             f"{n_nodes!r}. Set `attribution.n_nodes`."
         )
     return FIXED_RULES[name](n_nodes)
-
-
-# Gauss-Kronrod pairs on [-1, 1]: the nodes >= 0 of the Kronrod rule in descending order, their
-# weights, and the weights of the embedded Gauss rule at every second node. The values are the
-# tabulated ones (Kronrod 1965; also in QUADPACK); the tests check their degrees of exactness.
-_KRONROD: dict[int, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]] = {
-    3: (
-        (0.7745966692414833770, 0.0),
-        (0.5555555555555555556, 0.8888888888888888889),
-        (2.0,),
-    ),
-    7: (
-        (0.9604912687080202834, 0.7745966692414833770, 0.4342437493468025580, 0.0),
-        (
-            0.1046562260264672652,
-            0.2684880898683334407,
-            0.4013974147759622229,
-            0.4509165386584741423,
-        ),
-        (0.5555555555555555556, 0.8888888888888888889),
-    ),
-    15: (
-        (
-            0.9914553711208126392,
-            0.9491079123427585245,
-            0.8648644233597690728,
-            0.7415311855993944399,
-            0.5860872354676911303,
-            0.4058451513773971669,
-            0.2077849550078984676,
-            0.0,
-        ),
-        (
-            0.0229353220105292250,
-            0.0630920926299785533,
-            0.1047900103222501838,
-            0.1406532597155259187,
-            0.1690047266392679028,
-            0.1903505780647854099,
-            0.2044329400752988924,
-            0.2094821410847278280,
-        ),
-        (
-            0.1294849661688696933,
-            0.2797053914892766679,
-            0.3818300505051189449,
-            0.4179591836734693878,
-        ),
-    ),
-}
-KRONROD_ORDERS = tuple(_KRONROD)
-
-
-def gauss_kronrod(n_nodes: int) -> Rule:
-    """Return the Kronrod rule of 3, 7 or 15 nodes on [0, 1] with its embedded Gauss rule.
-
-    The Kronrod rules are exact to degree 5, 11 and 23, their Gauss rules to degree 1, 5 and 13.
-    """
-    half_nodes, half_weights, half_gauss = _KRONROD[n_nodes]
-    nodes = [-x for x in half_nodes] + list(half_nodes[-2::-1])
-    weights = [*half_weights, *half_weights[-2::-1]]
-    gauss = torch.zeros(n_nodes, dtype=torch.float64)
-    gauss[1::2] = torch.tensor([*half_gauss, *half_gauss[-2::-1]], dtype=torch.float64)
-    as_tensor = torch.tensor(nodes, dtype=torch.float64)
-    return Rule((as_tensor + 1) / 2, torch.tensor(weights, dtype=torch.float64) / 2, gauss / 2)
 
 
 def _equal_weights(n_nodes: int) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -19,7 +20,7 @@ MEANING = (
 )
 _PLAIN_WIDTH = 100  # columns of a table that goes to a file or a pipe
 _CELL = 6  # characters of a value: "-0.123"
-_NAME = 14  # characters of a token, at most
+_NAME = 14  # console cells of a token, at most; a Chinese character takes two
 
 
 def render_attribution(result: PairAttribution, *, width: int, top: int = 5) -> RenderableType:
@@ -50,8 +51,8 @@ def attribution_tables(result: PairAttribution, *, width: int) -> Iterator[Table
     limit = max(float(result.matrix.abs().max()), 1e-3 * largest, 1e-12)
     names_a = [*result.tokens_a, "main effect"]
     names_b = [*result.tokens_b, "main effect"]
-    widths = [max(_CELL, min(len(name), _NAME)) + 1 for name in names_b]
-    first_width = max(len(name[:_NAME]) for name in names_a) + 3
+    widths = [max(_CELL, cell_len(_short(name))) + 1 for name in names_b]
+    first_width = max(cell_len(_short(name)) for name in names_a) + 3
     for columns in _blocks(widths, width - first_width):
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column()
@@ -180,7 +181,9 @@ def _cell(value: float, limit: float) -> Text:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    if cell_len(name) <= _NAME:
+        return name
+    return f"{set_cell_size(name, _NAME - 1).rstrip()}…"
 
 
 def _shift(result: PairAttribution) -> str:
