@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from xsiam.combination import Settings, combine
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.integration import Integrated, integrate_adaptive, integrate_fixed
@@ -157,12 +158,26 @@ class PairAttributor:
         distinct = list(dict.fromkeys(keys))
         known = dict(zip(distinct, self._integrate(distinct, progress), strict=True))
         _warn_unconverged(list(known.values()), self)
-        fingerprint = self.encoder.model_fingerprint
+        settings = self.settings
         results = [
-            self._combine(known[text_a, role_a], known[text_b, role_b], fingerprint)
+            combine(known[text_a, role_a], known[text_b, role_b], settings)
             for text_a, text_b in zip(list_a, list_b, strict=True)
         ]
         return results[0] if single else results
+
+    @property
+    def settings(self) -> Settings:
+        """What results of this attributor have in common."""
+        return Settings(
+            layer=self.layer,
+            reference=self.encoder.reference.name,
+            quadrature=self.quadrature,
+            tolerance=self.tolerance,
+            similarity=self.encoder.similarity,
+            shift=self.encoder.shift,
+            dtype=str(self.encoder.dtype).removeprefix("torch."),
+            model_fingerprint=self.encoder.model_fingerprint,
+        )
 
     def token_vectors(
         self, texts: Sequence[str], role: str | None = None, *, progress: bool = False
@@ -290,48 +305,6 @@ class PairAttributor:
             offsets=read.offsets,
             special_mask=read.special_mask,
             prompt_mask=read.prompt_mask,
-        )
-
-    def _combine(self, a: TokenVectors, b: TokenVectors, fingerprint: str) -> PairAttribution:
-        """Join two texts' token vectors by the identity that `PairAttribution` states."""
-        normaliser = a.norm * b.norm
-        matrix = a.vectors.T @ b.vectors / normaliser
-        main_a = a.vectors.T @ b.reference_embedding / normaliser
-        main_b = b.vectors.T @ a.reference_embedding / normaliser
-        intercept = float(a.reference_embedding @ b.reference_embedding) / normaliser
-        score = float(a.embedding @ b.embedding) / normaliser
-        attributed = float(a.delta @ b.delta) / normaliser
-        explained = float(matrix.sum() + main_a.sum() + main_b.sum()) + intercept
-        dtype = self.encoder.dtype
-        sides = {"_a": a, "_b": b}
-        per_text = {
-            f"{name}{suffix}": getattr(text, name)
-            for suffix, text in sides.items()
-            for name in ("completeness_error", "token_error", "converged", "n_nodes",
-                         "tokens", "offsets", "special_mask", "prompt_mask", "text")
-        }  # fmt: skip
-        return PairAttribution(
-            matrix=matrix.to(dtype),
-            main_effects_a=main_a.to(dtype),
-            main_effects_b=main_b.to(dtype),
-            intercept=intercept,
-            residual=score - explained,
-            score=score,
-            attributed_score=attributed,
-            convergence_delta=float(matrix.sum()) - attributed,
-            completeness_error=max(a.completeness_error, b.completeness_error),
-            token_error=max(a.token_error, b.token_error),
-            converged=a.converged and b.converged,
-            n_nodes=max(a.n_nodes, b.n_nodes),
-            layer=self.layer,
-            reference=self.encoder.reference.name,
-            quadrature=self.quadrature,
-            tolerance=self.tolerance,
-            similarity=self.encoder.similarity,
-            shift=self.encoder.shift,
-            dtype=str(dtype).removeprefix("torch."),
-            model_fingerprint=fingerprint,
-            **per_text,
         )
 
     def _feature_vectors(self, read: ReadText, token: int, rule: Rule) -> Tensor:
