@@ -178,11 +178,17 @@ def test_memory_budget_never_changes_the_numbers(quadrature: str) -> None:
         PairAttributor(
             encoder, 2, quadrature=quadrature, n_nodes=n_nodes, memory_budget=budget
         ).attribute("a dog runs", "the cat sleeps")
-        for budget in (1, "100KB", "1GB")
+        for budget in ("45KB", "100KB", "1GB")
     ]
     for result in results[1:]:
         assert (result.matrix - results[0].matrix).abs().max() < 1e-13
         assert result.n_nodes == results[0].n_nodes
+
+
+def test_a_budget_below_one_tangent_is_refused_with_what_would_do() -> None:
+    attributor = PairAttributor(encoder_of(), 2, memory_budget="1KB")
+    with pytest.raises(InputError, match=r"\(5 tokens\), which takes about .* kB .* but got 1 kB"):
+        attributor.attribute("a dog runs", "the cat sleeps")
 
 
 def test_pairs_do_not_depend_on_each_other() -> None:
@@ -324,7 +330,7 @@ def test_hidden_states_that_are_not_finite_are_named() -> None:
     attributor = PairAttributor(encoder, 1)
     with torch.no_grad():
         encoder.model[0].auto_model.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
-    with pytest.raises(ModelError, match="texts at layer 1 are not for 'the small dog"):
+    with pytest.raises(ModelError, match=r"layer 1 \(from block 0\) are not for 'the small dog"):
         attributor.attribute(TEXT_A, TEXT_B)
 
 

@@ -11,6 +11,7 @@ from models import TEXT_A, TEXT_B, tiny_folder
 
 from xsiam.cli import main
 from xsiam.encoder import SiameseEncoder
+from xsiam.index import TokenVectorIndex
 from xsiam.result import PairAttribution
 
 _HEAVY = ("torch", "lightning", "rich", "transformers", "datasets", "sentence_transformers")
@@ -109,3 +110,68 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("xsiam.cli._explain", interrupt)
     assert main(["explain", "dog", "cat"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text(f"{TEXT_A}\n{TEXT_B}\ndog\n")
+    return path
+
+
+def test_an_index_is_built_and_explains_a_query(
+    model: str, texts: Path, tmp_path: Path, capsys
+) -> None:
+    folder = str(tmp_path / "index")
+    build = ["index", "build", "--model", model, "--layer", "2", "--texts", str(texts)]
+    build += ["--output", folder, "--dtype", "float32", "--shard-size", "2", "--shift"]
+    assert main(build) == 0
+    assert f"3 texts in {folder}, 3 converged" in capsys.readouterr().out
+    assert main(build) == 0  # all is there
+    index = TokenVectorIndex.load(folder)
+    assert index.texts == (TEXT_A, TEXT_B, "dog")
+    assert index.settings.layer == 2
+    assert index.settings.shift
+    capsys.readouterr()
+    explain = ["index", "explain", "--index", folder, "--model", model]
+    assert main([*explain, "the cat", "--docs", "2,0"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("text 2: dog") < out.index(f"text 0: {TEXT_A}")
+    assert "2, pad, shifted" in out
+    score = SiameseEncoder.from_pretrained(model).score("the cat", "dog").item()
+    assert f"{score:.4f} (cos)" in out
+
+
+def test_a_process_of_several_builds_its_share(
+    model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    build = ["index", "build", "--model", model, "--layer", "3", "--texts", str(texts)]
+    assert main([*build, "--output", str(tmp_path / "i"), "--shard-size", "1"]) == 0
+    assert "2 shards are left to other processes" in capsys.readouterr().out
+
+
+def test_user_errors_about_an_index(model: str, texts: Path, tmp_path: Path, capsys) -> None:
+    build = ["index", "build", "--model", model, "--layer", "3", "--output", str(tmp_path / "i")]
+    assert main([*build, "--texts", str(texts)]) == 0
+    (tmp_path / "gap.txt").write_text("dog\n\ncat\n")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    explain = ["index", "explain", "--index", str(tmp_path / "i"), "dog", "--model", model]
+    other = ["index", "explain", "--index", str(tmp_path), "dog", "--docs", "0"]
+    cases = {
+        "nowhere.txt": [*build, "--texts", "nowhere.txt"],
+        "line 2 is empty": [*build, "--texts", str(tmp_path / "gap.txt")],
+        "file in UTF-8": [*build, "--texts", str(tmp_path / "latin.txt")],
+        "`shard_size` to be 256": [*build, "--texts", str(texts), "--shard-size", "5"],
+        "between 0 and 2, but got 3": [*explain, "--docs", "3"],
+        "such as 0,5, but got 'x'": [*explain, "--docs", "x"],
+        "no `index.json`": other,
+    }
+    for message, arguments in cases.items():
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+    with pytest.raises(ValueError, match="line 2 is empty"):
+        main([*cases["line 2 is empty"], "--debug"])

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
         ModelError,
         TruncationWarning,
     )
+    from xsiam.index import TokenVectorIndex
     from xsiam.module import SiameseModule
     from xsiam.result import PairAttribution
+    from xsiam.spans import SpanAttribution, sentence_spans
+    from xsiam.windows import LongAttribution, WindowedAttributor
 
 __version__ = "0.1.0"
 
@@ -31,14 +34,19 @@ __all__ = [
     "CheckpointError",
     "ConvergenceWarning",
     "InputError",
+    "LongAttribution",
     "ModelError",
     "PairAttribution",
     "PairAttributor",
     "PairDataModule",
     "SiameseEncoder",
     "SiameseModule",
+    "SpanAttribution",
+    "TokenVectorIndex",
     "TruncationWarning",
+    "WindowedAttributor",
     "__version__",
+    "sentence_spans",
 ]
 
 _MODULES = {
@@ -46,13 +54,18 @@ _MODULES = {
     "CheckpointError": "errors",
     "ConvergenceWarning": "errors",
     "InputError": "errors",
+    "LongAttribution": "windows",
     "ModelError": "errors",
     "PairAttribution": "result",
     "PairAttributor": "attribution",
     "PairDataModule": "data",
     "SiameseEncoder": "encoder",
     "SiameseModule": "module",
+    "SpanAttribution": "spans",
+    "TokenVectorIndex": "index",
     "TruncationWarning": "errors",
+    "WindowedAttributor": "windows",
+    "sentence_spans": "spans",
 }
 
 

@@ -5,31 +5,49 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from xsiam.combination import Settings, combine
+from xsiam.combination import Products, Settings, combine
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
-from xsiam.integration import Integrated, integrate_adaptive, integrate_fixed
-from xsiam.jacobian import exact_numerics, feature_derivatives
-from xsiam.memory import default_budget, parse_bytes
+from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
+from xsiam.integration import (
+    Integrated,
+    Pulled,
+    integrate_adaptive,
+    integrate_fixed,
+    integrate_pulled,
+)
+from xsiam.jacobian import exact_numerics
+from xsiam.memory import default_budget, format_bytes, parse_bytes
 from xsiam.paths import PathGroup
+from xsiam.planning import check_mode, is_reverse, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
-from xsiam.reading import ReadText, TokenVectors, read_text, stack_features
+from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair
-from xsiam.split import evaluation_mode
+from xsiam.split import evaluation_mode, features_to
 from xsiam.texts import Truncations, check_pairs, check_texts
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
 
 _TEXTS_PER_GROUP = 64
-_SUPPORTED_ATTENTION = (None, "sdpa", "eager")
+_FEATURES_AT_ONCE = 64
+_PROBE_TEXT = "A dog runs after the kitten."
+_SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
+_READ = (
+    *("text", "role", "norm", "embedding"),
+    *("tokens", "offsets", "special_mask", "prompt_mask"),
+)
+_INTEGRATED = ("delta", "completeness_error", "converged", "n_nodes")
+_Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class PairAttributor:
     completeness error and the estimated token error of every text meet ``tolerance``.
 
     Args:
-        encoder: The model; it is not changed. Half precision weights are copied to float32.
+        encoder: The model; it is not changed.
         layer: 0 … L: where the path from reference to text lives.
         tolerance: Bound on the errors, relative to |Δ|; fixed rules report against it.
         quadrature: "adaptive", "riemann" (published), "midpoint" or "gauss_legendre".
@@ -63,6 +81,15 @@ class PairAttributor:
             model. It changes how work is cut up, never the numbers. None takes a share of what is
             free.
         time_budget: Seconds for one call of :meth:`attribute`, after which nothing is refined.
+        mode: How derivatives are taken: "forward" (a tangent per token), "reverse" (a cotangent
+            per embedding dimension), "mixed" (forward for the shorter text of a pair, one cotangent
+            per token of it through the longer one) or "auto", the cheapest. It never changes the
+            numbers beyond float error.
+        token_errors: Whether every text's token error must be estimated. Only without it does
+            "auto" take the mixed mode, which has none for the longer text (it is nan there).
+        dtype: What to compute in. None is the encoder's, or float32 for half precision weights;
+            bfloat16 shows its error in the completeness error.
+        cache_size: Bytes of token vectors that are kept across calls, until the weights change.
 
     Raises:
         InputError: If an argument does not meet its constraint.
@@ -84,6 +111,10 @@ class PairAttributor:
         max_nodes: int = 4096,
         memory_budget: str | int | None = None,
         time_budget: float | None = None,
+        mode: str = "auto",
+        token_errors: bool = True,
+        dtype: torch.dtype | None = None,
+        cache_size: str | int = "256MB",
     ) -> None:
         encoder.check_layer(layer)
         self.layer = layer
@@ -93,11 +124,16 @@ class PairAttributor:
         self.max_nodes = int(_positive("max_nodes", max_nodes))
         self.time_budget = None if time_budget is None else _positive("time_budget", time_budget)
         self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+        self.mode = check_mode(mode)
+        self.token_errors = token_errors
         self.encoder = encoder
-        if encoder.dtype not in (torch.float32, torch.float64):
-            self.encoder = copy.deepcopy(encoder).float()
-        _check_attention(self.encoder)
+        if dtype is None:
+            dtype = torch.promote_types(encoder.dtype, torch.float32)
+        if encoder.dtype != dtype:
+            self.encoder = copy.deepcopy(encoder).to(dtype)
         self.encoder.check_parity()
+        self._cache = _Cache(parse_bytes(cache_size))
+        self._hand_written = self._reproduces_embeddings()
 
     @overload
     def attribute(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
@@ -154,15 +190,8 @@ class PairAttributor:
         list_a = [texts_a] if isinstance(texts_a, str) else list(texts_a)
         list_b = [texts_b] if isinstance(texts_b, str) else list(texts_b)
         check_pairs(list_a, list_b)
-        keys = [(text, role_a) for text in list_a] + [(text, role_b) for text in list_b]
-        distinct = list(dict.fromkeys(keys))
-        known = dict(zip(distinct, self._integrate(distinct, progress), strict=True))
-        _warn_unconverged(list(known.values()), self)
-        settings = self.settings
-        results = [
-            combine(known[text_a, role_a], known[text_b, role_b], settings)
-            for text_a, text_b in zip(list_a, list_b, strict=True)
-        ]
+        pairs = [((a, role_a), (b, role_b)) for a, b in zip(list_a, list_b, strict=True)]
+        results = self._attribute_pairs(pairs, progress)
         return results[0] if single else results
 
     @property
@@ -184,11 +213,12 @@ class PairAttributor:
     ) -> list[TokenVectors]:
         """Integrate the token vectors of texts; they depend on one text only."""
         check_texts(texts)
-        distinct = list(dict.fromkeys(texts))
-        keys = [(text, role) for text in distinct]
-        known = dict(zip(distinct, self._integrate(keys, progress), strict=True))
+        keys = [(text, role) for text in dict.fromkeys(texts)]
+        with self._numerics():
+            reads = self._read(keys)
+            known = self._integrate(reads, self._deadline(), progress)
         _warn_unconverged(list(known.values()), self)
-        return [known[text] for text in texts]
+        return [known[text, role] for text in texts]
 
     def attribute_features(
         self,
@@ -202,8 +232,9 @@ class PairAttributor:
     ) -> FeatureAttribution:
         """Split chosen entries of the matrix over pairs of hidden features.
 
-        Memory: P·D² numbers for the result (P = 10, D = 768, float32: 24 MB), and D tangents at a
-        time for each distinct token. Nodes are a fixed Gauss-Legendre rule of ``n_nodes``.
+        Reverse mode: K cotangents give every feature of every token. Memory: P·D² numbers for the
+        result (P = 10, D = 768, float32: 24 MB) and as many K·D. Nodes are a fixed Gauss-Legendre
+        rule of ``n_nodes``.
 
         Returns:
             [P, D, D] whose entry (d, e) is the share of feature d of token i with feature e of
@@ -226,43 +257,143 @@ class PairAttributor:
                         f"but got {(i, j)}. Set `token_pairs`."
                     )
             rule = fixed_rule("gauss_legendre", n_nodes)
-            left = {i: self._feature_vectors(text["a"], i, rule) for i, _ in token_pairs}
-            right = {j: self._feature_vectors(text["b"], j, rule) for _, j in token_pairs}
+            left = self._feature_vectors(text["a"], [i for i, _ in token_pairs], rule)
+            right = self._feature_vectors(text["b"], [j for _, j in token_pairs], rule)
         normaliser = text["a"].norm * text["b"].norm
-        matrices = [left[i].T @ right[j] / normaliser for i, j in token_pairs]
+        matrices = [a.T @ b / normaliser for a, b in zip(left, right, strict=True)]
         return FeatureAttribution(
             tuple((i, j) for i, j in token_pairs), torch.stack(matrices).to(self.encoder.dtype)
         )
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _attribute_pairs(
+        self, pairs: Sequence[tuple[_Key, _Key]], progress: bool
+    ) -> list[PairAttribution]:
+        deadline = self._deadline()
+        with self._numerics():
+            settings = self.settings
+            reads = self._read([key for side in zip(*pairs, strict=True) for key in side])
+            sides = pulled_sides(
+                pairs,
+                {key: len(read.tokens) for key, read in reads.items()},
+                mode=self.mode,
+                n_dimensions=self.encoder.embedding_dim,
+                token_errors=self.token_errors,
+                cached=self._cache.keys(settings.model_fingerprint),
+            )
+            needed = dict.fromkeys(
+                key
+                for pair, side in zip(pairs, sides, strict=True)
+                for number, key in enumerate(pair)
+                if number != side
+            )
+            known = self._integrate({key: reads[key] for key in needed}, deadline, progress)
+            results, texts = [], list[AttributedText](known.values())
+            for pair, side in zip(pairs, sides, strict=True):
+                if side is None:
+                    results.append(combine(known[pair[0]], known[pair[1]], settings))
+                    continue
+                pulled = self._pull(reads[pair[side]], known[pair[1 - side]], deadline)
+                texts.append(pulled[0])
+                results.append(_combine_pulled(*pulled, known[pair[1 - side]], side, settings))
+        _warn_unconverged(texts, self)
+        return results
+
+    def _read(self, keys: Sequence[_Key]) -> dict[_Key, ReadText]:
+        """Read distinct texts, and check that the longest fits the memory budget."""
+        with Truncations(self.encoder) as truncations:
+            reads = {key: read_text(self.encoder, *key, truncations) for key in dict.fromkeys(keys)}
+        if self._memory_budget is not None:
+            longest = max(reads.values(), key=lambda read: len(read.tokens))
+            self._check_budget(longest, self._memory_budget)
+        return reads
+
+    def _check_budget(self, read: ReadText, budget: int) -> None:
+        """Raise InputError where not even one tangent of one node fits the budget."""
+        length, lineariser = len(read.tokens), self._lineariser()
+        numbers = lineariser.floats_per_point(length) + lineariser.floats_per_tangent(length)
+        needed = numbers * torch.finfo(self.encoder.dtype).bits // 8
+        if needed > budget:
+            raise InputError(
+                f"Expected `memory_budget` to hold one tangent of the longest text ({length} "
+                f"tokens), which takes about {format_bytes(needed)} at layer {self.layer}, but got "
+                f"{format_bytes(budget)}. Set `attribution.memory_budget` to at least that, take a "
+                "higher layer, or shorten the text."
+            )
+
     def _integrate(
-        self, keys: Sequence[tuple[str, str | None]], progress: bool
-    ) -> list[TokenVectors]:
+        self, reads: Mapping[_Key, ReadText], deadline: float | None, progress: bool
+    ) -> dict[_Key, TokenVectors]:
         """Integrate texts: those of one length together, in groups of bounded size."""
-        deadline = None if self.time_budget is None else time.monotonic() + self.time_budget
-        results: dict[int, TokenVectors] = {}
-        with self._numerics(), Truncations(self.encoder) as truncations:
-            reads = [read_text(self.encoder, text, role, truncations) for text, role in keys]
-            groups: dict[Any, list[int]] = {}
-            for i, read in enumerate(reads):
-                groups.setdefault(read.shape_key, []).append(i)
-            chunks = [
-                members[k : k + _TEXTS_PER_GROUP]
-                for members in groups.values()
-                for k in range(0, len(members), _TEXTS_PER_GROUP)
-            ]
-            for chunk in _tracked(chunks, len(keys), progress):
-                some = [reads[i] for i in chunk]
-                for i, read, path in zip(chunk, some, self._paths(some, deadline), strict=True):
-                    results[i] = self._finish(read, path)
-        return [results[i] for i in range(len(keys))]
+        fingerprint = self.encoder.model_fingerprint
+        results = self._cache.take(fingerprint, reads)
+        groups: dict[Any, list[_Key]] = {}
+        for key, read in reads.items():
+            if key not in results:
+                groups.setdefault(read.shape_key, []).append(key)
+        chunks = [
+            members[k : k + _TEXTS_PER_GROUP]
+            for members in groups.values()
+            for k in range(0, len(members), _TEXTS_PER_GROUP)
+        ]
+        for chunk in _tracked(chunks, len(reads) - len(results), progress):
+            some = [reads[key] for key in chunk]
+            for key, read, path in zip(chunk, some, self._paths(some, deadline), strict=True):
+                results[key] = self._finish(read, path)
+                if path.converged or deadline is None:
+                    self._cache.put(fingerprint, key, results[key])
+        return results
 
     def _paths(self, reads: Sequence[ReadText], deadline: float | None) -> list[Integrated]:
         group = self._group(reads)
         if self.rule is not None:
             return integrate_fixed(group, self.rule, self.tolerance)
         return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline)
+
+    def _pull(
+        self, read: ReadText, other: TokenVectors, deadline: float | None
+    ) -> tuple[AttributedText, Tensor]:
+        """Pull the other text's token vectors and reference through one text.
+
+        Returns:
+            What is known of the text, and the inner products [S_other + 1, S]: with the other
+            text's token vectors, and last with ẽ(r) of it.
+        """
+        cotangents = torch.cat([other.vectors.T, other.reference_embedding[None]])
+        pulled = integrate_pulled(
+            self._group([read]), cotangents, self.rule, self.tolerance, self.max_nodes, deadline
+        )
+        facts = self._facts(read, pulled) | {"token_error": float("nan")}
+        return AttributedText(**facts), pulled.products
+
+    def _lineariser(self) -> Lineariser:
+        split, truncate_dim = self.encoder.split, self.encoder.model.truncate_dim
+        if self._hand_written:
+            found = post_norm_lineariser(split, self.layer, truncate_dim)
+            if not isinstance(found, str):
+                return found
+        return AutodiffLineariser(split, self.layer, truncate_dim)
+
+    def _reproduces_embeddings(self) -> bool:
+        """Whether derivatives by hand belong to this very model: their embeddings must be its own.
+
+        What cannot be checked so, its derivatives, shows in the completeness error of every text.
+        """
+        found = post_norm_lineariser(
+            self.encoder.split, self.layer, self.encoder.model.truncate_dim
+        )
+        if isinstance(found, str):
+            return False
+        with self._numerics():
+            features = features_to(
+                self.encoder.preprocess_with(Truncations(self.encoder), [_PROBE_TEXT], None),
+                self.encoder.device,
+            )
+            hidden = self.encoder.split.capture(features, self.layer)
+            own = self.encoder.split.embed(features)[:, : self.encoder.model.truncate_dim]
+            ours = found(features, hidden).total(hidden)[0]
+        return bool((ours - own).norm() <= _SAME_EMBEDDING * own.norm())
 
     def _group(self, reads: Sequence[ReadText]) -> PathGroup:
         features = stack_features([read.features for read in reads])
@@ -278,51 +409,56 @@ class PairAttributor:
                     f"are not for {bad.text!r}. Check the model's weights."
                 )
         return PathGroup(
-            split=split,
+            lineariser=self._lineariser(),
             features=features,
-            layer=self.layer,
             start=start,
             direction=hidden - start,
             budget=self._memory_budget or default_budget(self.encoder.device),
-            truncate_dim=self.encoder.model.truncate_dim,
+            reverse=is_reverse(self.mode, hidden.shape[1], self.encoder.embedding_dim),
         )
 
     def _finish(self, read: ReadText, path: Integrated) -> TokenVectors:
-        reference = path.reference_embedding
         return TokenVectors(
-            text=read.text,
-            role=read.role,
-            vectors=path.vectors,
-            delta=path.delta,
-            reference_embedding=reference if read.shift is None else reference - read.shift,
-            norm=read.norm,
-            embedding=read.embedding,
-            completeness_error=path.completeness_error,
-            token_error=path.token_error,
-            converged=path.converged,
-            n_nodes=path.n_nodes,
-            tokens=read.tokens,
-            offsets=read.offsets,
-            special_mask=read.special_mask,
-            prompt_mask=read.prompt_mask,
+            **self._facts(read, path), token_error=path.token_error, vectors=path.vectors
         )
 
-    def _feature_vectors(self, read: ReadText, token: int, rule: Rule) -> Tensor:
-        """Integrate the derivative of every feature of one token, [K, D] float64."""
+    @staticmethod
+    def _facts(read: ReadText, path: Integrated | Pulled) -> dict[str, Any]:
+        reference = path.reference_embedding
+        facts = {name: getattr(read, name) for name in _READ}
+        facts |= {name: getattr(path, name) for name in _INTEGRATED}
+        facts["reference_embedding"] = reference if read.shift is None else reference - read.shift
+        return facts
+
+    def _deadline(self) -> float | None:
+        return None if self.time_budget is None else time.monotonic() + self.time_budget
+
+    def _feature_vectors(self, read: ReadText, tokens: Sequence[int], rule: Rule) -> Tensor:
+        """Integrate the derivatives of every feature of some tokens by reverse mode, [T, K, D]."""
         group = self._group([read])
+        n_dimensions = self.encoder.embedding_dim
+        unit = torch.eye(n_dimensions, dtype=group.start.dtype, device=group.start.device)
+        where = torch.tensor(tokens, device=group.start.device)
         total: Tensor | None = None
         for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            row = torch.zeros(1, dtype=torch.long)
-            points = group._points(row, node[None])
-            derivative = feature_derivatives(group._tail(row), points, group.direction, token)
-            part = derivative[:, 0].T.double().cpu() * weight
+            linearised = group.at(torch.zeros(1, dtype=torch.long), node[None])
+            parts = [
+                linearised.pull(some[None])[0][:, where]
+                for some in torch.split(unit, _FEATURES_AT_ONCE)
+            ]
+            pulled = torch.cat(parts) * group.direction[0, where]  # [K, T, D]
+            part = pulled.transpose(0, 1).double().cpu() * weight
             total = part if total is None else total + part
         assert total is not None
         return total
 
     @contextmanager
     def _numerics(self) -> Iterator[None]:
-        with exact_numerics(self.encoder.device), evaluation_mode(self.encoder):
+        with (
+            exact_numerics(self.encoder.device),
+            evaluation_mode(self.encoder),
+            self.encoder.weights_held(),
+        ):
             yield
 
 
@@ -350,22 +486,54 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _check_attention(encoder: SiameseEncoder) -> None:
-    """Raise ModelError for attention kernels that have no forward derivative."""
-    kernel = getattr(encoder.split.model.config, "_attn_implementation", None)
-    if kernel not in _SUPPORTED_ATTENTION:
-        raise ModelError(
-            f"Expected attention 'sdpa' or 'eager', but {encoder.split.name} runs {kernel!r}, "
-            "which has no forward derivative. Load it with "
-            '`model_kwargs={"attn_implementation": "sdpa"}`.'
-        )
+def _combine_pulled(
+    pulled: AttributedText, products: Tensor, other: TokenVectors, side: int, settings: Settings
+) -> PairAttribution:
+    """Join a text that was pulled through (side 0 or 1 of the pair) with the other one."""
+    pairs, main = products[:-1], products[-1]  # [S_other, S], [S]
+    main_other = other.vectors.T @ pulled.reference_embedding
+    if side == 0:
+        return combine(pulled, other, settings, Products(pairs.T, main, main_other))
+    return combine(other, pulled, settings, Products(pairs, main_other, main))
 
 
-def _warn_unconverged(texts: Sequence[TokenVectors], attributor: PairAttributor) -> None:
+class _Cache:
+    """Token vectors by text and role, the most recently used up to a size in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._size = limit, 0
+        self._fingerprint: str | None = None
+        self._texts: OrderedDict[_Key, TokenVectors] = OrderedDict()
+
+    def keys(self, fingerprint: str) -> Collection[_Key]:
+        """Return the texts that are known for these weights."""
+        return self._texts.keys() if fingerprint == self._fingerprint else ()
+
+    def take(self, fingerprint: str, keys: Iterable[_Key]) -> dict[_Key, TokenVectors]:
+        """Return those of the texts that are known for these weights."""
+        if fingerprint != self._fingerprint:
+            self._texts.clear()
+            self._fingerprint, self._size = fingerprint, 0
+        found = {key: self._texts[key] for key in keys if key in self._texts}
+        for key in found:
+            self._texts.move_to_end(key)
+        return found
+
+    def put(self, fingerprint: str, key: _Key, text: TokenVectors) -> None:
+        """Keep a text, and drop the least recently used ones where there are too many."""
+        assert fingerprint == self._fingerprint
+        assert key not in self._texts
+        self._texts[key] = text
+        self._size += text.vectors.nbytes
+        while self._size > self._limit:
+            self._size -= self._texts.popitem(last=False)[1].vectors.nbytes
+
+
+def _warn_unconverged(texts: Sequence[AttributedText], attributor: PairAttributor) -> None:
     missed = [text for text in texts if not text.converged]
     if not missed:
         return
-    worst = max(max(t.completeness_error, t.token_error) for t in missed)
+    worst = max(float(np.fmax(t.completeness_error, t.token_error)) for t in missed)
     remedy = (
         "Raise `attribution.max_nodes` or the time budget, or take a higher layer."
         if attributor.rule is None
@@ -380,7 +548,7 @@ def _warn_unconverged(texts: Sequence[TokenVectors], attributor: PairAttributor)
     )
 
 
-def _tracked(chunks: Sequence[list[int]], total: int, progress: bool) -> Any:
+def _tracked(chunks: Sequence[Sequence[_Key]], total: int, progress: bool) -> Any:
     """Yield chunks, with a progress bar that counts texts."""
     if not progress:
         yield from chunks

@@ -1,4 +1,4 @@
-"""The `xsiam` command: train, evaluate, explain.
+"""The `xsiam` command: train, evaluate, explain, index.
 
 Only the standard library is imported here, so that ``xsiam --help`` answers at once; each command
 imports what it needs.
@@ -7,14 +7,18 @@ imports what it needs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xsiam import __version__
+
+if TYPE_CHECKING:
+    from xsiam.attribution import PairAttributor
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -52,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_explain(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    index_commands = _add_index(commands)
+    for command in [*commands.choices.values(), *index_commands.choices.values()]:
+        if command.get_default("run") is not None:
+            command.add_argument(
+                "--debug", action="store_true", help="show tracebacks of user errors"
+            )
     return parser
 
 
@@ -85,23 +93,66 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("text_a", metavar="TEXT_A")
     explain.add_argument("text_b", metavar="TEXT_B")
-    explain.add_argument("--model", default=_DEFAULT_MODEL, help="name, folder or checkpoint")
-    explain.add_argument("--layer", type=int, help="0 … L (default: L-2)")
-    explain.add_argument("--tolerance", type=float, default=1e-3)
-    explain.add_argument("--max-nodes", type=int, default=4096)
-    explain.add_argument("--reference", help="pad or uniform (default: the model's, else pad)")
-    explain.add_argument(
-        "--shift",
-        action=argparse.BooleanOptionalAction,
-        help="subtract the reference embedding (default: as the model was trained, else no)",
-    )
-    explain.add_argument("--similarity", choices=("cos", "dot"), help="default: the model's own")
+    _add_attributor(explain)
     explain.add_argument("--role-a", help="query, document or the name of a prompt")
     explain.add_argument("--role-b")
     explain.add_argument("--plot", type=Path, metavar="FILE.png", help="write a heat map")
     explain.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write the result")
     explain.add_argument("--top", type=int, default=5, help="strongest pairs to list (default: 5)")
     explain.set_defaults(run=_explain)
+
+
+def _add_attributor(command: argparse.ArgumentParser) -> None:
+    """Add what a model and its attributor are made from."""
+    command.add_argument("--model", default=_DEFAULT_MODEL, help="name, folder or checkpoint")
+    command.add_argument("--layer", type=int, help="0 … L (default: L-2)")
+    command.add_argument("--tolerance", type=float, default=1e-3)
+    command.add_argument("--max-nodes", type=int, default=4096)
+    command.add_argument("--reference", help="pad or uniform (default: the model's, else pad)")
+    command.add_argument(
+        "--shift",
+        action=argparse.BooleanOptionalAction,
+        help="subtract the reference embedding (default: as the model was trained, else no)",
+    )
+    command.add_argument("--similarity", choices=("cos", "dot"), help="default: the model's own")
+
+
+def _add_index(commands: Any) -> Any:
+    """Add the commands about an index, and return them."""
+    index = commands.add_parser(
+        "index",
+        help="keep the token vectors of many texts on disk, and explain scores with them",
+        description="Build an index of token vectors once; then explain any query against it.",
+    )
+    index_commands = index.add_subparsers(required=True, metavar="COMMAND")
+    build = index_commands.add_parser(
+        "build",
+        help="integrate the token vectors of a file of texts",
+        description="Write an index. The same command goes on after an interruption; under "
+        "torchrun every process computes its share.",
+    )
+    build.add_argument("--texts", type=Path, required=True, help="one text a line, UTF-8")
+    build.add_argument("--output", type=Path, required=True, help="the folder; it holds the texts")
+    _add_attributor(build)
+    build.add_argument("--role", help="query, document or the name of a prompt")
+    build.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    build.add_argument("--shard-size", type=int, default=256, help="texts of a file")
+    build.set_defaults(run=_index_build)
+    explain = index_commands.add_parser(
+        "explain",
+        help="split the scores of a query with indexed texts over their tokens",
+        description="Print attributions of a query with texts of an index, whose layer, "
+        "reference, shift and similarity are taken.",
+    )
+    explain.add_argument("query", metavar="QUERY")
+    explain.add_argument("--index", type=Path, required=True, help="the folder")
+    explain.add_argument("--docs", required=True, help="ids from 0, such as 0,5")
+    explain.add_argument("--model", default=_DEFAULT_MODEL, help="the one it was built with")
+    explain.add_argument("--max-nodes", type=int, default=4096)
+    explain.add_argument("--role", help="role of the query")
+    explain.add_argument("--top", type=int, default=5, help="strongest pairs to list (default: 5)")
+    explain.set_defaults(run=_index_explain)
+    return index_commands
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -136,9 +187,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from xsiam.attribution import PairAttributor
-    from xsiam.encoder import SiameseEncoder
-    from xsiam.pretrained import records_shift
     from xsiam.report import print_attribution
 
     _hide_loading_bars()
@@ -146,20 +194,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         from xsiam.plots import check_picture, plot_attribution, save_figure
 
         check_picture(arguments.plot)
-    shift = arguments.shift
-    if shift is None and not records_shift(arguments.model):
-        shift = False
-    encoder = SiameseEncoder.from_pretrained(
-        arguments.model,
-        shift=shift,
-        reference=arguments.reference,
-        similarity=arguments.similarity,
-    )
-    layer = max(0, encoder.n_layers - 2) if arguments.layer is None else arguments.layer
-    attributor = PairAttributor(
-        encoder, layer, tolerance=arguments.tolerance, max_nodes=arguments.max_nodes
-    )
-    result = attributor.attribute(
+    result = _attributor(arguments).attribute(
         arguments.text_a, arguments.text_b, arguments.role_a, arguments.role_b
     )
     if arguments.save is not None:
@@ -168,6 +203,104 @@ def _explain(arguments: argparse.Namespace) -> None:
     print_attribution(result, top=arguments.top)
     if arguments.plot is not None:
         print(f"heat map: {save_figure(plot_attribution(result)[0], arguments.plot)}")
+
+
+def _attributor(arguments: argparse.Namespace) -> PairAttributor:
+    """Load the model and make the attributor that a command asks for."""
+    from xsiam.attribution import PairAttributor
+    from xsiam.encoder import SiameseEncoder
+    from xsiam.pretrained import records_shift
+
+    shift = arguments.shift
+    if shift is None and not records_shift(arguments.model):
+        shift = False
+    encoder = SiameseEncoder.from_pretrained(
+        arguments.model,
+        shift=shift,
+        reference=arguments.reference,
+        similarity=arguments.similarity,
+        device=_own_device(),
+    )
+    layer = max(0, encoder.n_layers - 2) if arguments.layer is None else arguments.layer
+    return PairAttributor(
+        encoder, layer, tolerance=arguments.tolerance, max_nodes=arguments.max_nodes
+    )
+
+
+def _own_device() -> str | None:
+    """Return this process's GPU under torchrun; None leaves the choice to the model."""
+    import torch
+
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if own is not None and torch.cuda.is_available() else None
+
+
+def _index_build(arguments: argparse.Namespace) -> None:
+    from xsiam.index import TokenVectorIndex
+
+    texts = _read_lines(arguments.texts)
+    _hide_loading_bars()
+    index = TokenVectorIndex.build(
+        _attributor(arguments),
+        texts,
+        arguments.output,
+        role=arguments.role,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        progress=sys.stderr.isatty(),
+    )
+    if missing := index.missing:
+        print(f"{len(missing)} shards are left to other processes")
+        return
+    converged = int(index.converged.sum())
+    print(f"{len(index)} texts in {arguments.output}, {converged} converged")
+
+
+def _index_explain(arguments: argparse.Namespace) -> None:
+    from xsiam.index import TokenVectorIndex
+    from xsiam.report import print_attribution
+
+    ids = _read_ids(arguments.docs)
+    _hide_loading_bars()
+    manifest = TokenVectorIndex.load(arguments.index).manifest
+    for name in ("layer", "reference", "shift", "similarity", "tolerance"):
+        setattr(arguments, name, getattr(manifest.settings, name))
+    index = TokenVectorIndex(arguments.index, manifest, _attributor(arguments))
+    for i, result in zip(ids, index.explain(arguments.query, ids, arguments.role), strict=True):
+        print(f"text {i}: {result.text_b}")
+        print_attribution(result, top=arguments.top)
+        print()
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Read a file of one text a line."""
+    from xsiam.errors import InputError
+
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"Expected `--texts` to be a file in UTF-8, but reading {str(path)!r} failed: {error}."
+        ) from error
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise InputError(
+                f"Expected a text on every line of {str(path)!r}, but line {number} is empty. "
+                "Remove it."
+            )
+    return texts
+
+
+def _read_ids(value: str) -> list[int]:
+    """Read ids such as "0,5"."""
+    from xsiam.errors import InputError
+
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"Expected `--docs` to be ids of texts such as 0,5, but got {value!r}."
+        ) from error
 
 
 def _split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,12 @@ class SiameseEncoder(nn.Module):
         check_texts(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         chunks = []
-        with torch.no_grad(), evaluation_mode(self), Truncations(self) as truncations:
+        with (
+            torch.no_grad(),
+            evaluation_mode(self),
+            self.weights_held(),
+            Truncations(self) as truncations,
+        ):
             for start in range(0, len(texts), batch_size):
                 batch = order[start : start + batch_size]
                 features = self.preprocess_with(truncations, [texts[i] for i in batch], role)
@@ -266,6 +272,10 @@ class SiameseEncoder(nn.Module):
         """16 hex digits that name this set of weights."""
         return self._watch.fingerprint()
 
+    def weights_held(self) -> AbstractContextManager[None]:
+        """Return a context in which no weight changes, so that they are looked at only once."""
+        return self._watch.held()
+
     def check_role(self, role: str | None) -> None:
         """Raise InputError where ``role`` is neither None nor a known role."""
         if role is not None and role not in self.roles:
@@ -310,6 +320,8 @@ class SiameseEncoder(nn.Module):
             with torch.no_grad(), evaluation_mode(self):
                 features = self._probe_features(_PROBE_TEXTS, role)
                 ours = self.split.embed(features)
+                if not ours.isfinite().all():
+                    self.split.check_finite(features, _PROBE_TEXTS)
             if ends_normalized:
                 ours = torch.nn.functional.normalize(ours, dim=-1)
             ours = ours[:, : self.model.truncate_dim]

@@ -41,6 +41,7 @@ _NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are no
 _NEAR_NOISE = 64.0
 _NO_PROGRESS = 0.25
 _MAX_STALLS = 3
+_PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 _RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
 
 
@@ -78,7 +79,7 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     results = []
     for i in range(group.size):
         panel = _whole(group, starts[i], ends[i], rule)
-        panel.vectors, panel.embedded = sums[0, i], sums[1, i]
+        panel.accept(sums[0, i], sums[1, i])
         estimated = rule.embedded_weights is not None
         results.append(_assemble([panel], tolerance, rule.n_nodes, estimated))
     return results
@@ -112,6 +113,68 @@ def integrate_adaptive(
     return [_assemble(t.panels, tolerance, t.n_evaluated) for t in texts]
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """What cotangents pulled back along one path give, with its error.
+
+    Attributes:
+        products: Inner products of the cotangents with the token vectors, [C, S] float64.
+        delta: Δ, [K] float64.
+        reference_embedding: e(r) at the start of the path, before any shift, [K] float64.
+        completeness_error: As of :class:`Integrated`, from one tangent at the same nodes.
+        converged: Whether it meets the tolerance.
+        n_nodes: Nodes at which cotangents were pulled.
+    """
+
+    products: Tensor
+    delta: Tensor
+    reference_embedding: Tensor
+    completeness_error: float
+    converged: bool
+    n_nodes: int
+
+
+def integrate_pulled(
+    group: PathGroup,
+    cotangents: Tensor,
+    rule: Rule | None,
+    tolerance: float,
+    max_nodes: int,
+    deadline: float | None = None,
+) -> Pulled:
+    """Integrate the path of ONE text against cotangents [C, K]: the mixed mode.
+
+    Args:
+        group: One path.
+        cotangents: Directions of embedding space, [C, K].
+        rule: A fixed rule, or None to choose nodes as :func:`integrate_adaptive` does.
+        tolerance: Bound on the completeness error.
+        max_nodes: Most nodes of the adaptive choice.
+        deadline: As of :func:`integrate_adaptive`.
+    """
+    start, end = group.embed(0.0)[0], group.embed(1.0)[0]
+    panels = [_whole(group, start, end, rule or _gauss(_FIRST_ORDER))]
+    text = _Text(0, tolerance, max_nodes, panels)
+    if rule is None:
+        _plan(group, [text], deadline)
+    rows, alphas, _ = _flatten([(text, panel) for panel in text.panels])
+    weights = torch.cat([panel.weights for panel in text.panels])
+    pulled = group.token_sums(
+        rows, alphas, weights[None], torch.zeros_like(rows), cotangents[None].to(group.start)
+    )
+    delta = end - start
+    error = weights @ group.totals(rows, alphas)[1] - delta
+    completeness = float(error.norm()) / _scale(delta, start)
+    return Pulled(
+        products=pulled[0, 0],
+        delta=delta,
+        reference_embedding=start,
+        completeness_error=completeness,
+        converged=completeness <= tolerance,
+        n_nodes=len(weights),
+    )
+
+
 @functools.cache
 def _gauss(order: int) -> Rule:
     return gauss_legendre(order)
@@ -141,7 +204,7 @@ class _Panel:
     error: float | None = None
     spectrum: Tensor | None = None
     vectors: Tensor | None = None
-    embedded: Tensor | None = None
+    token_errors: Tensor | None = None
 
     @property
     def alphas(self) -> Tensor:
@@ -206,19 +269,17 @@ class _Panel:
         """Count the bisections in a row that did not lower the error, up to this panel."""
         return self.stalls + 1 if error > _NO_PROGRESS * self.parent_error else 0
 
-    def token_errors(self) -> Tensor:
-        """Estimate the error of every token's share of this panel, [S].
+    def accept(self, vectors: Tensor, embedded: Tensor) -> None:
+        """Take the token vectors [K, S] by both rules, and estimate the error of every token.
 
         The difference to the embedded rule is the error of the lower rule; it is scaled by how much
         the higher rule beats the lower one on the sum over tokens, which is known exactly.
         """
-        assert self.vectors is not None
-        assert self.embedded is not None
-        difference: Tensor = self.vectors - self.embedded
+        self.vectors = vectors
+        difference: Tensor = vectors - embedded
         exact = (self.total_error().norm() - self.noise).clamp_min(0.0)
         ratio = _RATIO_SAFETY * exact / difference.sum(1).norm().clamp_min(1e-300)
-        errors: Tensor = difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
-        return errors
+        self.token_errors = difference.norm(dim=0) * ratio.clamp(_RATIO_FLOOR, 1.0)
 
 
 @dataclass
@@ -285,7 +346,7 @@ class _Text:
             return
         total = torch.stack([p.total_error() for p in self.panels]).sum(0)
         limit = self.tolerance * self.scale
-        shares = [p.token_errors() for p in self.panels]
+        shares = [p.token_errors for p in self.panels if p.token_errors is not None]
         token_error = float(torch.stack(shares).sum(0).max()) + self.root.noise / _NOISE_UNITS
         if (float(total.norm()) <= limit and token_error <= limit) or not allowed:
             return
@@ -366,18 +427,21 @@ def _lower_orders(group: PathGroup, texts: Sequence[_Text]) -> None:
 
 
 def _evaluate(group: PathGroup, pending: Sequence[tuple[_Text, _Panel]]) -> None:
-    """Evaluate the token derivatives of every pending panel."""
-    rows, alphas, panels = _flatten(pending)
-    weights = torch.stack(
-        [
-            torch.cat([p.weights for _, p in pending]),
-            torch.cat([p.embedded_weights for _, p in pending]),
-        ]
+    """Evaluate the token derivatives of every pending panel, a bounded number at once."""
+    for first in range(0, len(pending), _PANELS_AT_ONCE):
+        some = pending[first : first + _PANELS_AT_ONCE]
+        rows, alphas, panels = _flatten(some)
+        sums = group.token_sums(rows, alphas, _both_weights([p for _, p in some]), panels)
+        for number, (text, panel) in enumerate(some):
+            panel.accept(sums[0, number].clone(), sums[1, number])
+            text.n_evaluated += panel.rule.n_nodes
+
+
+def _both_weights(panels: Sequence[_Panel]) -> Tensor:
+    """Return the weights of the nodes of panels and of their embedded rules, [2, n]."""
+    return torch.stack(
+        [torch.cat([p.weights for p in panels]), torch.cat([p.embedded_weights for p in panels])]
     )
-    sums = group.token_sums(rows, alphas, weights, panels)
-    for number, (text, panel) in enumerate(pending):
-        panel.vectors, panel.embedded = sums[0, number], sums[1, number]
-        text.n_evaluated += panel.rule.n_nodes
 
 
 def _embed_missing_ends(group: PathGroup, texts: Sequence[_Text]) -> None:
@@ -412,7 +476,8 @@ def _assemble(
     completeness = float((vectors.sum(1) - delta).norm()) / scale
     token = float("inf")
     if estimated:
-        estimate = float(torch.stack([p.token_errors() for p in panels]).sum(0).max())
+        shares = [p.token_errors for p in panels if p.token_errors is not None]
+        estimate = float(torch.stack(shares).sum(0).max())
         token = (estimate + first.noise / _NOISE_UNITS) / scale
     return Integrated(
         vectors=vectors,

@@ -1,4 +1,4 @@
-"""Memory budgets: read them, and find out what is free."""
+"""Memory budgets: read them, find out what is free, and notice when it is not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # Beyond this a larger evaluation is no faster: the matrix products are large enough.
 _DEFAULT_LIMIT = 512 * 2**20
+# On a CPU an evaluation is fastest while what it touches stays in the caches: matrix products of a
+# thousand rows run at full speed already.
+_CPU_WORKING_SET = 32 * 2**20
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def parse_bytes(value: str | int) -> int:
@@ -31,6 +35,15 @@ def parse_bytes(value: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def format_bytes(value: float) -> str:
+    """Return "512 kB", "3.2 MB" and the like."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
 def default_budget(device: torch.device) -> int:
     """Return a quarter of the free memory of ``device``, at most 512 MiB."""
     if device.type == "cuda":
@@ -40,3 +53,31 @@ def default_budget(device: torch.device) -> int:
     else:
         free = 4 * _DEFAULT_LIMIT
     return max(1, min(free // 4, _DEFAULT_LIMIT))
+
+
+def working_set(device: torch.device, budget: int, smallest: int) -> int:
+    """Return the bytes that one evaluation should take: within the budget, and fast.
+
+    Args:
+        device: Where it runs.
+        budget: The most that it may take.
+        smallest: What the smallest evaluation takes.
+    """
+    if device.type != "cpu":
+        return budget
+    return min(budget, max(_CPU_WORKING_SET, 2 * smallest))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: the CPU's has no class of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from xsiam.jacobian import token_derivatives, total_derivative
-from xsiam.split import Features, SplitModel, select_rows
+from xsiam.families import Lineariser
+from xsiam.jacobian import Linearisation
+from xsiam.memory import is_out_of_memory, release_cached, working_set
+from xsiam.split import Features, select_rows
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -17,51 +22,58 @@ class PathGroup:
     """The attribution paths of m texts of one length S, at one layer.
 
     Attributes:
-        split: The model, cut into head and tail.
+        lineariser: Makes derivatives of the model's tail from that layer on.
         features: Features of the texts, tensors [m, S].
-        layer: Where the paths live.
         start: Hidden states of the references, [m, S, D].
         direction: δ, hidden states of the texts minus the references', [m, S, D].
-        budget: Bytes that one evaluation may take beyond the model.
-        truncate_dim: Embedding dimensions that count, None for all.
+        budget: Bytes that one evaluation may take beyond the model; halved for good where the
+            machine runs out of memory below it.
+        reverse: Whether token derivatives are pulled back from the embedding's K dimensions
+            instead of pushed forward from S tokens.
     """
 
-    split: SplitModel
+    lineariser: Lineariser
     features: Features
-    layer: int
     start: Tensor
     direction: Tensor
     budget: int
-    truncate_dim: int | None = None
+    reverse: bool = False
 
     @property
     def size(self) -> int:
         """m, the number of texts."""
         return len(self.start)
 
+    @property
+    def length(self) -> int:
+        """S, the tokens of every text."""
+        return self.start.shape[1]
+
     def embed(self, alpha: float) -> Tensor:
         """Return the embeddings at x(α) of every text, [m, K] float64 on the CPU."""
-        rows = torch.arange(self.size)
         at = torch.full((self.size,), alpha, dtype=torch.float64)
-        step = self._rows_per_call(1)
-        parts = [self._tail(rows[i : i + step])(self._points(rows[i : i + step], at[i : i + step]))
-                 for i in range(0, self.size, step)]  # fmt: skip
-        return torch.cat(parts).cpu().double()
+        return self.totals(torch.arange(self.size), at)[0]
 
     def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
-        step = self._rows_per_call(2)
-        embeddings, derivatives = [], []
-        for i in range(0, len(rows), step):
-            some, at = rows[i : i + step], alphas[i : i + step]
-            embedding, derivative = total_derivative(
-                self._tail(some), self._points(some, at), self.direction[some]
-            )
-            embeddings.append(embedding.cpu().double())
-            derivatives.append(derivative.cpu().double())
-        return torch.cat(embeddings), torch.cat(derivatives)
 
-    def token_sums(self, rows: Tensor, alphas: Tensor, weights: Tensor, panels: Tensor) -> Tensor:
+        def evaluate(part: slice, _: int) -> tuple[Tensor, Tensor]:
+            embedding, derivative = self.at(rows[part], alphas[part]).total(
+                self.direction[rows[part]]
+            )
+            return embedding.cpu().double(), derivative.cpu().double()
+
+        parts = [result for _, result in self._in_parts(len(rows), 1, evaluate)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def token_sums(
+        self,
+        rows: Tensor,
+        alphas: Tensor,
+        weights: Tensor,
+        panels: Tensor,
+        cotangents: Tensor | None = None,
+    ) -> Tensor:
         """Return weighted sums of token derivatives per panel.
 
         Args:
@@ -69,54 +81,92 @@ class PathGroup:
             alphas: Position of each node, [n] float64.
             weights: W weights of each node, [W, n] float64.
             panels: Panel of each node, [n], numbered from 0.
+            cotangents: C directions of embedding space for each text, [m, C, K]: their inner
+                products with the token derivatives are summed instead.
 
         Returns:
-            [W, P, K, S] float64 on the CPU.
+            [W, P, K, S] float64 on the CPU, or [W, P, C, S] with cotangents.
         """
-        length = self.start.shape[1]
-        n_panels = int(panels.max()) + 1
-        tokens_per_call = max(1, min(length, self._rows_per_call(1) - 1))
-        step = self._rows_per_call(tokens_per_call + 1)
+        n_embedding = 0
+        if cotangents is None and self.reverse:
+            n_embedding = self.at(rows[:1], alphas[:1]).total(self.direction[rows[:1]])[0].shape[1]
+            unit = torch.eye(n_embedding, dtype=self.start.dtype, device=self.start.device)
+            cotangents = unit.expand(self.size, -1, -1)
+        n_vectors = self.length if cotangents is None else cotangents.shape[1]
+
+        def evaluate(part: slice, at_once: int) -> Tensor:
+            return self._derivatives(rows[part], alphas[part], at_once, cotangents)
+
         sums: Tensor | None = None
-        for i in range(0, len(rows), step):
-            some, at = rows[i : i + step], alphas[i : i + step]
-            tail, points = self._tail(some), self._points(some, at)
-            for first in range(0, length, tokens_per_call):
-                tokens = torch.arange(first, min(first + tokens_per_call, length))
-                derivative = token_derivatives(
-                    tail, points, self.direction[some], tokens.to(points.device)
-                )
-                values = derivative.permute(1, 2, 0).cpu().double()  # [n, K, T]
-                if sums is None:
-                    shape = (len(weights), n_panels, values.shape[1], length)
-                    sums = torch.zeros(shape, dtype=torch.float64)
-                for number, weight in enumerate(weights[:, i : i + step]):
-                    part = sums[number, :, :, first : first + len(tokens)]
-                    part.index_add_(0, panels[i : i + step], values * weight[:, None, None])
+        for part, values in self._in_parts(len(rows), n_vectors, evaluate):
+            if sums is None:
+                shape = (len(weights), int(panels.max()) + 1, *values.shape[1:])
+                sums = torch.zeros(shape, dtype=torch.float64)
+            for number, weight in enumerate(weights[:, part]):
+                sums[number].index_add_(0, panels[part], values * weight[:, None, None])
         assert sums is not None
         return sums
 
-    def _points(self, rows: Tensor, alphas: Tensor) -> Tensor:
-        alphas = alphas.to(self.start)[:, None, None]
-        return self.start[rows] + alphas * self.direction[rows]
-
-    def _tail(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def at(self, rows: Tensor, alphas: Tensor) -> Linearisation:
+        """Linearise at (text, α) pairs."""
         features = select_rows(self.features, rows.to(self.start.device))
+        points = self.start[rows] + alphas.to(self.start)[:, None, None] * self.direction[rows]
+        return self.lineariser(features, points)
 
-        def tail(hidden: Tensor) -> Tensor:
-            return self.split.tail(features, self.layer, hidden)[:, : self.truncate_dim]
+    def _derivatives(
+        self, rows: Tensor, alphas: Tensor, at_once: int, cotangents: Tensor | None
+    ) -> Tensor:
+        """Return the token derivatives at some nodes, [n, K or C, S] float64 on the CPU."""
+        linearised, direction = self.at(rows, alphas), self.direction[rows]
+        parts = []
+        if cotangents is None:
+            for tokens in torch.split(torch.arange(self.length, device=self.start.device), at_once):
+                pushed = linearised.push_tokens(direction, tokens)
+                parts.append(pushed.transpose(1, 2).cpu().double())
+            return torch.cat(parts, dim=2)
+        for some in torch.split(cotangents[rows], at_once, dim=1):
+            parts.append(linearised.pull_tokens(some, direction).cpu().double())
+        return torch.cat(parts, dim=1)
 
-        return tail
+    def _in_parts(
+        self, n_points: int, n_vectors: int, evaluate: Callable[[slice, int], T]
+    ) -> list[tuple[slice, T]]:
+        """Evaluate points in parts that fit the budget; smaller ones where memory runs out.
 
-    def _rows_per_call(self, tangents: int) -> int:
-        """Return how many rows of ``tangents`` tangents each fit the budget."""
-        return max(1, self.budget // (self.bytes_per_tangent() * tangents))
+        ``evaluate`` takes a part of the points and how many vectors (tangents or cotangents) of
+        each point fit at once.
+        """
+        results: list[tuple[slice, T]] = []
+        first = 0
+        while first < n_points:
+            at_once, n_together = self._fitting(n_vectors)
+            part = slice(first, min(first + n_together, n_points))
+            try:
+                results.append((part, evaluate(part, at_once)))
+            except (RuntimeError, MemoryError) as error:
+                smallest = part.stop - part.start == 1 and at_once == 1
+                if smallest or not is_out_of_memory(error):
+                    raise
+                release_cached(self.start.device)
+                self.budget = self._bytes(at_once, part.stop - part.start) // 2
+                continue
+            first = part.stop
+        return results
 
-    def bytes_per_tangent(self) -> int:
-        """Estimate the bytes that one tangent of one node takes at the peak of a forward."""
-        _, length, width = self.start.shape
-        config = self.split.model.config
-        inner = getattr(config, "intermediate_size", None) or 4 * width
-        heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
-        per_token = 8 * width + 4 * inner + 3 * heads * length
-        return int(self.start.element_size() * length * per_token)
+    def _fitting(self, n_vectors: int) -> tuple[int, int]:
+        """Return how many vectors of a point, and how many points, fit the budget together."""
+        room = working_set(self.start.device, self.budget, self._bytes(1, 1))
+        at_once = (room - self._bytes(0, 1)) // max(1, self._bytes(1, 1) - self._bytes(0, 1))
+        at_once = max(1, min(n_vectors, at_once))
+        return at_once, max(1, room // self._bytes(at_once, 1))
+
+    def _bytes(self, n_vectors: int, n_points: int) -> int:
+        """Estimate the bytes that an evaluation takes at its peak."""
+        return (
+            n_points
+            * self.start.element_size()
+            * (
+                self.lineariser.floats_per_point(self.length)
+                + n_vectors * self.lineariser.floats_per_tangent(self.length)
+            )
+        )

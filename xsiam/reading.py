@@ -14,20 +14,20 @@ from xsiam.split import Features, features_to
 from xsiam.texts import Truncations
 
 
-@dataclass(frozen=True)
-class TokenVectors:
-    """What attribution needs to know of one text; it depends on no other text.
+@dataclass(frozen=True, kw_only=True)
+class AttributedText:
+    """What attribution knows of one text beside its token vectors.
 
     Attributes:
         text: The text, without prompt.
         role: Its role.
-        vectors: Token vectors G, [K, S] float64: Σ_s G[:, s] = ẽ(a) − ẽ(r_a).
         delta: Δ, [K] float64.
         reference_embedding: ẽ(r), [K] float64: zero for a shifted model.
         norm: What the model divides by.
         embedding: ẽ(a) by the model's ordinary forward, [K] float64.
         completeness_error: |Σ_s G[:, s] − Δ| / |Δ|.
-        token_error: Estimated largest error of one token vector, relative to |Δ|.
+        token_error: Estimated largest error of one token vector, relative to |Δ|; nan where the
+            mode gives none.
         converged: Whether the tolerance was met.
         n_nodes: Nodes at which token derivatives were evaluated.
         tokens: Tokens, prompt and special tokens included.
@@ -38,7 +38,6 @@ class TokenVectors:
 
     text: str
     role: str | None
-    vectors: Tensor
     delta: Tensor
     reference_embedding: Tensor
     norm: float
@@ -51,6 +50,17 @@ class TokenVectors:
     offsets: tuple[tuple[int, int], ...]
     special_mask: tuple[bool, ...]
     prompt_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenVectors(AttributedText):
+    """Token vectors of one text, with all that attribution needs; they depend on no other text.
+
+    Attributes:
+        vectors: Token vectors G, [K, S] float64: Σ_s G[:, s] = ẽ(a) − ẽ(r_a).
+    """
+
+    vectors: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,8 @@ def read_text(
     features = features_to(features, encoder.device)
     features.pop("offset_mapping", None)
     parts = encoder.parts(features)
+    if not parts.embedding.isfinite().all():
+        encoder.split.check_finite(features, [text])
     shift = encoder.shift_of(features)
     if shift is not None:
         shift = shift[0, : encoder.model.truncate_dim].double().cpu()

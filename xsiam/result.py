@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xsiam.errors import CheckpointError
+from xsiam.spans import Span, SpanAttribution, sum_spans
 
 FORMAT_VERSION = 1
 _TENSORS = ("matrix", "main_effects_a", "main_effects_b")
@@ -150,6 +151,23 @@ class PairAttribution:
             for n in order
         ]
 
+    def sum_spans(self, spans_a: Sequence[Span], spans_b: Sequence[Span]) -> SpanAttribution:
+        """Sum the attribution over spans of characters, such as sentences.
+
+        A token belongs to the span that holds its first character (white space aside). Special
+        tokens, prompt and tokens in no span are the rest, the last row and column, so that all sums
+        together are the score's split.
+
+        Args:
+            spans_a: (start, end) in characters of text a, in any order; for sentences,
+                :func:`xsiam.spans.sentence_spans`.
+            spans_b: The same for text b.
+
+        Raises:
+            InputError: If a span lies outside of its text, is empty, or overlaps another.
+        """
+        return sum_spans(self, spans_a, spans_b)
+
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain values; tensors become nested lists."""
         return {
@@ -170,14 +188,7 @@ class PairAttribution:
 
     def save(self, path: str | Path) -> None:
         """Write the result to one safetensors file."""
-        plain = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in _TENSORS
-        }
-        metadata = {"format_version": str(FORMAT_VERSION), "xsiam": json.dumps(plain)}
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, str(path), metadata=metadata)
+        write_result(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> PairAttribution:
@@ -186,25 +197,49 @@ class PairAttribution:
         Raises:
             CheckpointError: If the file is damaged, not ours, or of a newer format.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata: Mapping[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"Expected a saved attribution in {path}, but {error}."
-            ) from error
-        if "xsiam" not in metadata:
-            raise CheckpointError(f"Expected a saved attribution in {path}, but it holds none.")
-        if int(metadata["format_version"]) > FORMAT_VERSION:
-            raise CheckpointError(
-                f"Expected format {FORMAT_VERSION} or older in {path}, but it has format "
-                f"{metadata['format_version']}. Install a newer xsiam."
-            )
-        plain = json.loads(metadata["xsiam"])
-        for name in (f.name for f in dataclasses.fields(cls) if f.name.startswith("offsets")):
-            plain[name] = [tuple(span) for span in plain[name]]
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
-        }
-        return cls(**values, **tensors)
+        return read_result(path)[0]
+
+
+def write_result(
+    result: PairAttribution, path: str | Path, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a result and further plain facts to one safetensors file."""
+    plain = {
+        f.name: getattr(result, f.name)
+        for f in dataclasses.fields(result)
+        if f.name not in _TENSORS
+    }
+    metadata = {"format_version": str(FORMAT_VERSION), "xsiam": json.dumps(plain)}
+    if extra is not None:
+        metadata["extra"] = json.dumps(extra)
+    tensors = {name: getattr(result, name).contiguous() for name in _TENSORS}
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def read_result(path: str | Path) -> tuple[PairAttribution, dict[str, Any]]:
+    """Read a result and its further facts, empty where there are none.
+
+    Raises:
+        CheckpointError: If the file is damaged, not ours, or of a newer format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"Expected a saved attribution in {path}, but {error}.") from error
+    if "xsiam" not in metadata:
+        raise CheckpointError(f"Expected a saved attribution in {path}, but it holds none.")
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"Expected format {FORMAT_VERSION} or older in {path}, but it has format "
+            f"{metadata['format_version']}. Install a newer xsiam."
+        )
+    plain = json.loads(metadata["xsiam"])
+    names = [f.name for f in dataclasses.fields(PairAttribution)]
+    for name in (name for name in names if name.startswith("offsets")):
+        plain[name] = [tuple(span) for span in plain[name]]
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
+    }
+    return PairAttribution(**values, **tensors), json.loads(metadata.get("extra", "{}"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,22 @@ class WeightsWatch:
         self._module = module
         self._ramps: dict[tuple[int, torch.device], Tensor] = {}
         self._fingerprint: tuple[Hashable, str] | None = None
+        self._held: Hashable = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Look at the weights once: the caller changes none meanwhile."""
+        before = self._held
+        self._held = self.key()
+        try:
+            yield
+        finally:
+            self._held = before
 
     def key(self) -> Hashable:
         """Return a value that is equal as long as the weights and adapters are."""
+        if self._held is not None:
+            return self._held
         tensors = list(self._module.parameters()) + list(self._module.buffers())
         with torch.no_grad():
             forms = [self._form(tensor) for tensor in tensors]

@@ -1,0 +1,106 @@
+"""Derivatives by hand against differentiating the model's own forward, the slow twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ARCHITECTURES, TEXT_A, TEXT_B, tiny_model
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import LayerNorm
+
+from xsiam import PairAttributor, SiameseEncoder
+from xsiam.families import AutodiffLineariser, PostNormLineariser, post_norm_lineariser
+from xsiam.jacobian import exact_numerics
+
+FLOAT64 = 1e-11  # worst measured 2e-12 (ALBERT, layer 0), beside entries of up to 24
+POOLINGS = ("mean", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
+
+
+def both(model, layer: int, truncate_dim: int | None = None, n: int = 2):
+    """Return both linearisations at random points of two texts of one length, and directions."""
+    encoder = SiameseEncoder(model.double(), shift=False).eval()
+    features = encoder.preprocess([TEXT_A] * n)
+    with exact_numerics(torch.device("cpu")):
+        hidden = encoder.split.capture(features, layer)
+        points = hidden * torch.tensor([1.0, 0.7], dtype=torch.float64)[:n, None, None]
+        by_hand = post_norm_lineariser(encoder.split, layer, truncate_dim)
+        assert isinstance(by_hand, PostNormLineariser), by_hand
+        slow = AutodiffLineariser(encoder.split, layer, truncate_dim)
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+        return by_hand(features, points), slow(features, points), directions
+
+
+def assert_equal(fast, slow, directions) -> None:
+    tokens = torch.tensor([0, 2, directions.shape[1] - 1])
+    with exact_numerics(torch.device("cpu")):
+        embedding, total = slow.total(directions)
+        generator = torch.Generator().manual_seed(1)
+        shape = (len(embedding), 3, embedding.shape[1])
+        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
+        for ours, theirs in (
+            (fast.total(directions)[0], embedding),
+            (fast.total(directions)[1], total),
+            (fast.push_tokens(directions, tokens), slow.push_tokens(directions, tokens)),
+            (fast.pull(cotangents), slow.pull(cotangents)),
+            (fast.pull_tokens(cotangents, directions), slow.pull_tokens(cotangents, directions)),
+        ):
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() < FLOAT64 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_family_at_every_layer(architecture: str, layer: int) -> None:
+    assert_equal(*both(tiny_model(architecture), layer))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_linear_pooling(pooling: str, layer: int) -> None:
+    assert_equal(*both(tiny_model("mpnet", pooling=pooling), layer))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_modules_behind_the_pooling_and_truncation(pooling: str) -> None:
+    extra = [Dense(32, 16), LayerNorm(16)]
+    assert_equal(*both(tiny_model(pooling=pooling, extra=extra), 1, truncate_dim=9))
+
+
+def test_what_is_not_a_plain_block_is_differentiated_by_pytorch() -> None:
+    def reason(model, layer: int = 1) -> str:
+        found = post_norm_lineariser(SiameseEncoder(model, shift=False).split, layer)
+        assert isinstance(found, str)
+        return found
+
+    assert "weighted sum" in reason(tiny_model(pooling="max"))
+    assert "above the last hidden state" in reason(tiny_model(), 3)
+    model = tiny_model()
+    layer = model[0].auto_model.encoder.layer[1]
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    layer.attention.self.query.__class__ = Adapter
+    assert "is a Adapter, not a plain Linear" in reason(model)
+    hooked = tiny_model()
+    part = hooked[0].auto_model.encoder.layer[2].output.dense
+    part.register_forward_hook(lambda *args: None)
+    assert "hooks" in reason(hooked)
+
+
+def test_a_formula_of_another_model_is_noticed(monkeypatch) -> None:
+    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    slow = PairAttributor(encoder, 1, quadrature="gauss_legendre", n_nodes=3)
+    assert slow._hand_written
+    forward = type(encoder.split.blocks[2]).forward
+    monkeypatch.setattr(
+        type(encoder.split.blocks[2]),
+        "forward",
+        lambda self, hidden, *args, **kwargs: 1.1 * forward(self, hidden, *args, **kwargs),
+    )
+    changed = PairAttributor(encoder, 1, tolerance=1e-6)
+    assert not changed._hand_written
+    result = changed.attribute(TEXT_A, TEXT_B)
+    assert result.converged
+    assert abs(result.residual) < 1e-5
