@@ -42,11 +42,14 @@ QUERY = "the kitten is chased by a big dog"
 LAYER = 2
 PROMPTS = {"query": "query : ", "document": "passage : "}
 HEADS: dict[str, Callable[[], SiameseEncoder]] = {
-    "cos": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS), shift=False),
-    "dot": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS), similarity="dot", shift=False),
-    "shifted": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS)),
+    "cos": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double(), shift=False),
+    "dot": lambda: SiameseEncoder(
+        tiny_model(prompts=PROMPTS).double(), similarity="dot", shift=False
+    ),
+    "shifted": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double()),
     "truncated_dot_normalize": lambda: SiameseEncoder(
-        tiny_model(extra=[Normalize()], truncate_dim=16, similarity_fn_name="dot"), shift=False
+        tiny_model(extra=[Normalize()], truncate_dim=16, similarity_fn_name="dot").double(),
+        shift=False,
     ),
 }
 
@@ -550,7 +553,7 @@ def test_folders_of_others_are_left_alone(attributor: PairAttributor, tmp_path: 
 def test_another_attributor_is_refused(made_from, message, index: TokenVectorIndex) -> None:
     options = {"shift": False, "layer": LAYER, "seed": 0, **made_from}
     layer, seed = options.pop("layer"), options.pop("seed")
-    encoder = SiameseEncoder(tiny_model(prompts=PROMPTS, seed=seed), **options)
+    encoder = SiameseEncoder(tiny_model(prompts=PROMPTS, seed=seed).double(), **options)
     with pytest.raises(InputError, match=message):
         TokenVectorIndex.load(index.path, PairAttributor(encoder, layer))
 

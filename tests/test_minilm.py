@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xsiam import PairAttributor, SiameseEncoder
+from xsiam import ConvergenceWarning, PairAttributor, SiameseEncoder
 from xsiam.probes import load
 
 pytestmark = pytest.mark.skipif(
@@ -67,8 +67,10 @@ def test_residuals_stay_within_their_bound(
         bound += error_a * error_b * delta_a * delta_b
         assert abs(result.residual) <= bound / (a.norm * b.norm) + 1e-6  # float32 of the score
         assert result.completeness_error <= 1e-3
-    tight = PairAttributor(unmodified, layer, tolerance=1e-6).attribute(texts_a[:1], texts_b[:1])
-    assert max(abs(result.residual) for result in tight) <= 1e-5
+    with pytest.warns(ConvergenceWarning, match="float rounding is the limit"):
+        tight = PairAttributor(unmodified, layer, tolerance=1e-6).attribute(texts_a[0], texts_b[0])
+    assert abs(tight.residual) <= 1e-5
+    assert tight.completeness_error <= 1e-6  # met; the token error counts rounding and is not
 
 
 @pytest.mark.parametrize("reference", ["pad", "uniform"])

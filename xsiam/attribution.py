@@ -33,6 +33,7 @@ from xsiam.planning import check_mode, is_reverse, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair
+from xsiam.rounding import rounding_noise
 from xsiam.split import evaluation_mode, features_to
 from xsiam.texts import Truncations, check_pairs, check_texts
 
@@ -414,6 +415,7 @@ class PairAttributor:
             start=start,
             direction=hidden - start,
             budget=self._memory_budget or default_budget(self.encoder.device),
+            noise=rounding_noise(split, features, self.layer, hidden),
             reverse=is_reverse(self.mode, hidden.shape[1], self.encoder.embedding_dim),
         )
 
@@ -535,7 +537,8 @@ def _warn_unconverged(texts: Sequence[AttributedText], attributor: PairAttributo
         return
     worst = max(float(np.fmax(t.completeness_error, t.token_error)) for t in missed)
     remedy = (
-        "Raise `attribution.max_nodes` or the time budget, or take a higher layer."
+        "Raise `attribution.max_nodes` or the time budget, or take a higher layer; where float "
+        "rounding is the limit, compute with `dtype=torch.float64`."
         if attributor.rule is None
         else 'Raise `attribution.n_nodes`, or set `attribution.quadrature="adaptive"`.'
     )

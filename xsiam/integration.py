@@ -35,7 +35,9 @@ _FASTEST_DECAY = 0.02
 # the ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing.
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-4
-_NOISE_UNITS = 4.0  # units in the last place of an embedding's norm that are noise
+# Noise is what rounding was measured to move an embedding by, and at least so many units in the
+# last place of its norm.
+_NOISE_UNITS = 1.0
 # An error up to so many times the noise, which so many bisections in a row lowered by less than
 # this factor, is noise too.
 _NEAR_NOISE = 64.0
@@ -78,7 +80,7 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     sums = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
     results = []
     for i in range(group.size):
-        panel = _whole(group, starts[i], ends[i], rule)
+        panel = _whole(group, i, starts[i], ends[i], rule)
         panel.accept(sums[0, i], sums[1, i])
         estimated = rule.embedded_weights is not None
         results.append(_assemble([panel], tolerance, rule.n_nodes, estimated))
@@ -98,7 +100,7 @@ def integrate_adaptive(
     """
     starts, ends = group.embed(0.0), group.embed(1.0)
     texts = [
-        _Text(i, tolerance, max_nodes, [_whole(group, starts[i], ends[i], _gauss(_FIRST_ORDER))])
+        _Text(i, tolerance, max_nodes, [_whole(group, i, starts[i], ends[i], _gauss(_FIRST_ORDER))])
         for i in range(group.size)
     ]
     _plan(group, texts, deadline)
@@ -153,7 +155,7 @@ def integrate_pulled(
         deadline: As of :func:`integrate_adaptive`.
     """
     start, end = group.embed(0.0)[0], group.embed(1.0)[0]
-    panels = [_whole(group, start, end, rule or _gauss(_FIRST_ORDER))]
+    panels = [_whole(group, 0, start, end, rule or _gauss(_FIRST_ORDER))]
     text = _Text(0, tolerance, max_nodes, panels)
     if rule is None:
         _plan(group, [text], deadline)
@@ -347,7 +349,7 @@ class _Text:
         total = torch.stack([p.total_error() for p in self.panels]).sum(0)
         limit = self.tolerance * self.scale
         shares = [p.token_errors for p in self.panels if p.token_errors is not None]
-        token_error = float(torch.stack(shares).sum(0).max()) + self.root.noise / _NOISE_UNITS
+        token_error = float(torch.stack(shares).sum(0).max()) + self.root.noise
         if (float(total.norm()) <= limit and token_error <= limit) or not allowed:
             return
         left = token_error
@@ -365,11 +367,11 @@ class _Text:
                 break
 
 
-def _whole(group: PathGroup, start: Tensor, end: Tensor, rule: Rule) -> _Panel:
+def _whole(group: PathGroup, row: int, start: Tensor, end: Tensor, rule: Rule) -> _Panel:
     """Return the panel [0, 1] of a path."""
     norm = float(torch.maximum(start.norm(), end.norm()))
-    noise = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
-    return _Panel(0.0, 1.0, start, end, rule, noise)
+    units = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
+    return _Panel(0.0, 1.0, start, end, rule, max(units, float(group.noise[row])))
 
 
 def _plan(group: PathGroup, texts: Sequence[_Text], deadline: float | None) -> None:
@@ -478,7 +480,7 @@ def _assemble(
     if estimated:
         shares = [p.token_errors for p in panels if p.token_errors is not None]
         estimate = float(torch.stack(shares).sum(0).max())
-        token = (estimate + first.noise / _NOISE_UNITS) / scale
+        token = (estimate + first.noise) / scale
     return Integrated(
         vectors=vectors,
         delta=delta,

@@ -28,6 +28,7 @@ class PathGroup:
         direction: δ, hidden states of the texts minus the references', [m, S, D].
         budget: Bytes that one evaluation may take beyond the model; halved for good where the
             machine runs out of memory below it.
+        noise: How far rounding may move the embedding of each text, [m] float64.
         reverse: Whether token derivatives are pulled back from the embedding's K dimensions
             instead of pushed forward from S tokens.
     """
@@ -37,6 +38,7 @@ class PathGroup:
     start: Tensor
     direction: Tensor
     budget: int
+    noise: Tensor
     reverse: bool = False
 
     @property
