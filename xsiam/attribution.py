@@ -33,8 +33,8 @@ from xsiam.planning import check_mode, is_reverse, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair
-from xsiam.rounding import rounding_noise
-from xsiam.split import evaluation_mode, features_to
+from xsiam.rounding import perturbed, repeated, rounding_noise
+from xsiam.split import Features, evaluation_mode, features_to
 from xsiam.texts import Truncations, check_pairs, check_texts
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
@@ -398,9 +398,7 @@ class PairAttributor:
 
     def _group(self, reads: Sequence[ReadText]) -> PathGroup:
         features = stack_features([read.features for read in reads])
-        split, reference = self.encoder.split, self.encoder.reference
-        hidden = split.capture(features, self.layer)
-        start = reference.hidden(split, features, self.layer)
+        hidden, start, moved = self._states(features)
         for name, states in (("texts", hidden), ("references", start)):
             finite = torch.isfinite(states).flatten(1).all(dim=1)
             if not finite.all():
@@ -415,9 +413,30 @@ class PairAttributor:
             start=start,
             direction=hidden - start,
             budget=self._memory_budget or default_budget(self.encoder.device),
-            noise=rounding_noise(split, features, self.layer, hidden),
+            noise=rounding_noise(self.encoder.split, features, self.layer, hidden, moved),
             reverse=is_reverse(self.mode, hidden.shape[1], self.encoder.embedding_dim),
         )
+
+    def _states(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states [m, S, D] of texts, of their references, and of perturbed texts.
+
+        Above the embedding module a post-norm encoder reads nothing but hidden states and mask, so
+        that all three go through its lower blocks together.
+        """
+        split, reference, layer = self.encoder.split, self.encoder.reference, self.layer
+        first = split.capture(features, 0)
+        moved = perturbed(first)
+        if not self._hand_written:
+            return (
+                split.capture(features, layer),
+                reference.hidden(split, features, layer),
+                split.capture(features, layer, start=moved),
+            )
+        states = torch.cat([first, reference.hidden(split, features, 0), moved])
+        if layer > 0:
+            states = split.capture(repeated(features, 3), layer, start=states)
+        hidden, start, moved = states.chunk(3)
+        return hidden, start, moved
 
     def _finish(self, read: ReadText, path: Integrated) -> TokenVectors:
         return TokenVectors(

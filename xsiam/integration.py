@@ -73,7 +73,7 @@ class Integrated:
 
 def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Integrated]:
     """Integrate every path of a group with one fixed rule."""
-    starts, ends = group.embed(0.0), group.embed(1.0)
+    starts, ends = group.ends()
     rows = torch.arange(group.size).repeat_interleave(rule.n_nodes)
     weights = rule.weights if rule.embedded_weights is None else rule.embedded_weights
     stacked = torch.stack([rule.weights, weights]).repeat(1, group.size)
@@ -98,7 +98,7 @@ def integrate_adaptive(
         max_nodes: Most nodes per text at which token derivatives are evaluated.
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
     """
-    starts, ends = group.embed(0.0), group.embed(1.0)
+    starts, ends = group.ends()
     texts = [
         _Text(i, tolerance, max_nodes, [_whole(group, i, starts[i], ends[i], _gauss(_FIRST_ORDER))])
         for i in range(group.size)
@@ -154,7 +154,7 @@ def integrate_pulled(
         max_nodes: Most nodes of the adaptive choice.
         deadline: As of :func:`integrate_adaptive`.
     """
-    start, end = group.embed(0.0)[0], group.embed(1.0)[0]
+    start, end = (embeddings[0] for embeddings in group.ends())
     panels = [_whole(group, 0, start, end, rule or _gauss(_FIRST_ORDER))]
     text = _Text(0, tolerance, max_nodes, panels)
     if rule is None:
@@ -453,7 +453,7 @@ def _embed_missing_ends(group: PathGroup, texts: Sequence[_Text]) -> None:
         return
     rows = torch.tensor([t.row for t, _ in missing])
     alphas = torch.tensor([t.panels[i].right for t, i in missing], dtype=torch.float64)
-    embeddings, _ = group.totals(rows, alphas)
+    embeddings = group.embed(rows, alphas)
     for (text, i), embedding in zip(missing, embeddings, strict=True):
         text.panels[i].end = text.panels[i + 1].start = embedding
 

@@ -24,6 +24,10 @@ Tail = Callable[[Tensor], Tensor]  # hidden states [n, S, D] -> embeddings [n, K
 class Linearisation(Protocol):
     """An encoder's tail, linearised at n points [n, S, D]."""
 
+    @property
+    def embedding(self) -> Tensor:
+        """The embeddings at the points, [n, K]."""
+
     def total(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and their derivatives along ``directions`` [n, S, D], each [n, K]."""
 
@@ -48,6 +52,11 @@ class AutodiffLinearisation:
 
     tail: Tail
     points: Tensor
+
+    @property
+    def embedding(self) -> Tensor:
+        """The embeddings at the points, [n, K]."""
+        return self.tail(self.points)
 
     def total(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and their derivatives along ``directions`` [n, S, D], each [n, K]."""

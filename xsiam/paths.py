@@ -51,10 +51,20 @@ class PathGroup:
         """S, the tokens of every text."""
         return self.start.shape[1]
 
-    def embed(self, alpha: float) -> Tensor:
-        """Return the embeddings at x(α) of every text, [m, K] float64 on the CPU."""
-        at = torch.full((self.size,), alpha, dtype=torch.float64)
-        return self.totals(torch.arange(self.size), at)[0]
+    def embed(self, rows: Tensor, alphas: Tensor) -> Tensor:
+        """Return the embeddings at (text, α) pairs, [n, K] float64 on the CPU."""
+
+        def evaluate(part: slice, _: int) -> Tensor:
+            return self.at(rows[part], alphas[part]).embedding.cpu().double()
+
+        return torch.cat([result for _, result in self._in_parts(len(rows), 1, evaluate)])
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings at both ends of every path, each [m, K] float64 on the CPU."""
+        rows = torch.arange(self.size)
+        alphas = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(self.size)
+        start, end = self.embed(rows.repeat(2), alphas).chunk(2)
+        return start, end
 
     def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
@@ -89,9 +99,8 @@ class PathGroup:
         Returns:
             [W, P, K, S] float64 on the CPU, or [W, P, C, S] with cotangents.
         """
-        n_embedding = 0
         if cotangents is None and self.reverse:
-            n_embedding = self.at(rows[:1], alphas[:1]).total(self.direction[rows[:1]])[0].shape[1]
+            n_embedding = self.at(rows[:1], alphas[:1]).embedding.shape[1]
             unit = torch.eye(n_embedding, dtype=self.start.dtype, device=self.start.device)
             cotangents = unit.expand(self.size, -1, -1)
         n_vectors = self.length if cotangents is None else cotangents.shape[1]

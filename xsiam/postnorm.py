@@ -352,7 +352,12 @@ class PostNormLinearisation:
             self.feed_forwards.append(feed_forward)
         self.pooled = (pooling[:, None] @ hidden)[:, 0]
         self.head = head
-        self.embedding = self.pooled if head is None else head(self.pooled)
+        self._embedding = self.pooled if head is None else head(self.pooled)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The embeddings at the points, [n, K]."""
+        return self._embedding
 
     def total(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and their derivatives along ``directions`` [n, S, D], each [n, K]."""

@@ -1,4 +1,8 @@
-"""How much of an embedding is floating point rounding: measured, since models amplify it."""
+"""How much of an embedding is floating point rounding: measured, since models amplify it.
+
+The embedding output of a text is perturbed by one unit in the last place, and how far its embedding
+moves is a sample of what rounding does: one more forward.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,36 @@ from xsiam.split import Features, SplitModel
 _SAFETY = 3.0
 
 
-def rounding_noise(split: SplitModel, features: Features, layer: int, hidden: Tensor) -> Tensor:
-    """Return how far rounding may move the embeddings of texts, [m] float64 (ours).
+def perturbed(hidden: Tensor) -> Tensor:
+    """Move every number [m, S, D] by one unit in the last place, with fixed random signs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = 2 * torch.randint(0, 2, hidden.shape[1:], generator=generator) - 1
+    return hidden * (1 + torch.finfo(hidden.dtype).eps * signs.to(hidden))
 
-    The embedding output of every text is perturbed by one unit in the last place, with fixed random
-    signs, and the move of its embedding is measured: one more forward.
+
+def rounding_noise(
+    split: SplitModel, features: Features, layer: int, hidden: Tensor, moved: Tensor
+) -> Tensor:
+    """Return how far rounding may move the embeddings of texts, [m] float64 (ours).
 
     Args:
         split: The model.
         features: Features of m texts of one length, tensors [m, S].
         layer: A layer that the model can be cut at.
         hidden: Its hidden states, [m, S, D].
+        moved: Its hidden states when the embedding output is :func:`perturbed`, [m, S, D].
     """
-    first = split.capture(features, 0)
-    generator = torch.Generator().manual_seed(0)
-    signs = 2 * torch.randint(0, 2, first.shape[1:], generator=generator) - 1
-    unit = torch.finfo(first.dtype).eps * signs.to(first)
-    perturbed = split.capture(features, layer, start=first * (1 + unit))
-    moved = split.tail(features, layer, perturbed) - split.tail(features, layer, hidden)
-    noise: Tensor = _SAFETY * moved.norm(dim=1).double().cpu()
+    both = split.tail(repeated(features, 2), layer, torch.cat([hidden, moved]))
+    own, other = both.chunk(2)
+    noise: Tensor = _SAFETY * (other - own).norm(dim=1).double().cpu()
     return noise
+
+
+def repeated(features: Features, times: int) -> Features:
+    """Repeat a batch of features: [times · m, S]."""
+    return {
+        key: value.repeat(times, *[1] * (value.ndim - 1))
+        if isinstance(value, Tensor) and value.ndim
+        else value
+        for key, value in features.items()
+    }

@@ -1,0 +1,92 @@
+"""What this machine can do, and how much arithmetic a call performs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+_PEAK_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
+_PEAK_TRIALS = 4
+# What one run must share with the run it resumes: figures of two machines do not mix.
+SAME = ("processor", "threads", "torch", "device")
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Describe the machine; the matmul peak is measured."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "peak_flops": matmul_peak(device),
+    }
+
+
+def matmul_peak(device: str = "cpu") -> float:
+    """Return the float32 operations a second of the fastest of some square matrix products."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    return max(_speed(size, device) for size in _PEAK_SIZES[kind])
+
+
+def _speed(size: int, device: str) -> float:
+    left = torch.randn(size, size, device=device)
+    right = torch.randn(size, size, device=device)
+    out = torch.empty(size, size, device=device)
+    best = float("inf")
+    for _ in range(_PEAK_TRIALS):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: str) -> None:
+    """Wait until a CUDA device is done; others are when a call returns."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Return the operations of all matrix products and attention kernels that ``call`` executes.
+
+    A multiplication and an addition are two; element-wise work counts nothing. The count is taken
+    where the backend is called, after transforms such as ``vmap`` and ``jvp``, so it knows nothing
+    of the caller and includes products that are wasted.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_PROCESSOR_KERNELS) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _attention_flops(
+    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Operations of q kᵀ and of the weights' product with v, from [n, heads, S, d] shapes."""
+    n, heads, length, size = query
+    return int(2 * n * heads * length * key[2] * (size + value[3]))
+
+
+# The formula that FlopCounterMode lacks: fused attention on the processor.
+_PROCESSOR_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
