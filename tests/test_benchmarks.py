@@ -62,7 +62,8 @@ PLAN = cases.Plan(
 def test_the_published_procedure_gives_our_riemann_matrix(
     architecture: str, shift: bool, variant: str
 ) -> None:
-    encoder = SiameseEncoder(tiny_model(architecture, extra=[Normalize()]), shift=shift)
+    model = tiny_model(architecture, extra=[Normalize()]).double()
+    encoder = SiameseEncoder(model, shift=shift)
     training = encoder.model.training
     for layer in (0, 2):
         ours = published.published_attribution(
