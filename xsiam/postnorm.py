@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
+from xsiam.linear import linear
+
 Head = Callable[[Tensor], Tensor]  # pooled vectors [m, D] -> embeddings [m, K]
 
 
@@ -146,7 +148,7 @@ class AttentionPoint:
         context = _unflatten(context, 2, (n_tangents, -1)).flatten(1, 2)
         context.baddbmm_(logits.flatten(1, 2), self.value.flatten(0, 1))
         merged = _positions_first(context, n_heads, n_tangents)
-        return _add_matmul(read, block.out, merged)
+        return _matmul(block.out, merged).add_(read)
 
     def push_tokens(self, directions: Tensor, tokens: Tensor) -> Tensor:
         """Push tangents that are ``directions`` [n, S, D] at one of ``tokens`` [T] each.
@@ -184,8 +186,8 @@ class AttentionPoint:
             n, self.length, n_cotangents, width, dtype=keys.dtype, device=keys.device
         )
         for projection, part in ((block.key, keys), (block.value, values)):
-            pulled.view(-1, width).addmm_(part.flatten(0, 2), projection.weight)
-        own = cotangents + (queries.flatten(0, 2) @ block.query.weight).view_as(cotangents)
+            pulled += _pulled(projection, part)
+        own = _pulled(block.query, queries).add_(cotangents)
         if self.rows is None:
             return pulled.add_(own)
         pulled[:, self.rows] += own
@@ -213,9 +215,7 @@ class AttentionPoint:
     def _pull_to_heads(self, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pull [n, R, C, D] back to queries [n, R, C, D], keys and values [n, S, C, D]."""
         block, n_heads, n_cotangents = self.block, self.block.n_heads, cotangents.shape[2]
-        contexts = _rows_first(
-            (cotangents.flatten(0, 2) @ block.out.weight).view_as(cotangents), n_heads
-        )
+        contexts = _rows_first(_pulled(block.out, cotangents), n_heads)
         by_row = _unflatten(contexts, 1, (-1, n_cotangents)).flatten(2)
         values = torch.bmm(self.probabilities.flatten(0, 1).mT, by_row)
         values = _unflatten(values, 2, (n_cotangents, -1)).flatten(1, 2)
@@ -270,17 +270,15 @@ class FeedForwardPoint:
         """Push [n, S, T, D] through, in place."""
         tangents = self.norm_1.push_(tangents)
         inner = _matmul(self.block.up, tangents).mul_(self.slope[:, :, None])
-        _add_matmul_(tangents, self.block.down, inner)
+        tangents += _matmul(self.block.down, inner)
         return self.norm_2.push_(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """Pull [n, S, C, D] back, in place."""
         block = self.block
         cotangents = self.norm_2.pull_(cotangents)
-        rows = cotangents.view(-1, cotangents.shape[-1])
-        inner = _unflatten(rows @ block.down.weight, 0, cotangents.shape[:3])
-        inner.mul_(self.slope[:, :, None])
-        rows.addmm_(inner.flatten(0, 2), block.up.weight)
+        inner = _pulled(block.down, cotangents).mul_(self.slope[:, :, None])
+        cotangents += _pulled(block.up, inner)
         return self.norm_1.pull_(cotangents)
 
     def push_pooled(self, tangents: Tensor, pooling: Tensor) -> Tensor:
@@ -293,16 +291,14 @@ class FeedForwardPoint:
         block, norm = self.block, self.norm_2
         tangents = self.norm_1.push_(tangents)
         weights = (pooling[..., None] * norm.inverse)[:, None, :, 0]  # [n, 1, R]
-        back = (norm.unit @ block.down.weight) * self.slope
-        along = torch.addmm(norm.unit.flatten(0, 1), back.flatten(0, 1), block.up.weight).view_as(
-            norm.unit
-        )
+        back = _pulled(block.down, norm.unit) * self.slope
+        along = norm.unit + _pulled(block.up, back)
         shares = tangents @ along[..., None]  # [n, R, T, 1]: ŵ · dw
         inner = _matmul(block.up, tangents)
         inner.mul_((self.slope * weights[:, 0, :, None])[:, :, None])
         n_tangents = tangents.shape[2]
         total = _unflatten((weights @ tangents.flatten(2)), 2, (n_tangents, -1))[:, 0]
-        total = total + inner.sum(1) @ block.down.weight.mT
+        total = total + _matmul(block.down, inner.sum(1))
         total -= total.mean(-1, keepdim=True)
         scaled = (shares[..., 0] * weights.mT).transpose(1, 2)  # [n, T, R]
         total -= scaled @ norm.unit / total.shape[-1]
@@ -317,10 +313,10 @@ class FeedForwardPoint:
         centred = scaled - scaled.mean(-1, keepdim=True)
         shares = (norm.unit @ scaled.mT)[..., None] / width  # [n, R, C, 1]
         pulled = (centred[:, None] - shares * norm.unit[:, :, None]).mul_(weights)
-        down = block.down.weight
-        inner = (centred @ down)[:, None] - shares * (norm.unit @ down)[:, :, None]
+        inner = _pulled(block.down, centred)[:, None]
+        inner = inner - shares * _pulled(block.down, norm.unit)[:, :, None]
         inner.mul_(weights * self.slope[:, :, None])
-        pulled.view(-1, width).addmm_(inner.flatten(0, 2), block.up.weight)
+        pulled += _pulled(block.up, inner)
         return self.norm_1.pull_(pulled)
 
 
@@ -409,21 +405,17 @@ def _unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
 
 
 def _linear(projection: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, projection.weight, projection.bias)
+    return linear(x, projection.weight, projection.bias)
 
 
 def _matmul(projection: nn.Linear, tangents: Tensor) -> Tensor:
     """Project tangents: the bias has no derivative."""
-    return nn.functional.linear(tangents, projection.weight)
+    return linear(tangents, projection.weight)
 
 
-def _add_matmul(base: Tensor, projection: nn.Linear, tangents: Tensor) -> Tensor:
-    rows = torch.addmm(base.flatten(0, 2), tangents.flatten(0, 2), projection.weight.mT)
-    return rows.view_as(base)
-
-
-def _add_matmul_(base: Tensor, projection: nn.Linear, tangents: Tensor) -> None:
-    base.view(-1, base.shape[-1]).addmm_(tangents.flatten(0, 2), projection.weight.mT)
+def _pulled(projection: nn.Linear, cotangents: Tensor) -> Tensor:
+    """Pull cotangents back through a projection: [..., out] to [..., in]."""
+    return linear(cotangents, projection.weight.mT)
 
 
 def _heads(x: Tensor, n_heads: int) -> Tensor:

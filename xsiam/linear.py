@@ -1,0 +1,70 @@
+"""Float32 matrix products by the fastest kernel that PyTorch ships for the processor.
+
+On x86 processors PyTorch multiplies float32 matrices by MKL, which leaves half of the AVX-512 units
+of an AMD processor idle; oneDNN, which PyTorch ships too and compiled models use, does not. Both
+compute in float32 and differ by rounding only. ``benchmarks/attribution.py`` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_Kernel = Callable[[Tensor, Tensor, Tensor | None, str, list[Any], str], Tensor]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + b for plain tensors, [..., in] to [..., out]; it has no derivative.
+
+    Args:
+        x: Any shape [..., in].
+        weight: W, [out, in].
+        bias: b, [out].
+    """
+    kernel = _ONEDNN
+    if kernel is None or x.dtype != torch.float32 or x.device.type != "cpu":
+        return nn.functional.linear(x, weight, bias)
+    return kernel(x.contiguous(), weight, bias, "none", [], "")
+
+
+class FastLinear(TorchFunctionMode):
+    """Within this context, linear layers of a model's own forward go through :func:`linear`.
+
+    Only where nothing is differentiated: without gradients, and outside ``torch.func`` transforms.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace ``torch.nn.functional.linear`` of plain float32 tensors."""
+        if function is nn.functional.linear and not kwargs and _is_plain(args):
+            return linear(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    return not torch.is_grad_enabled() and all(
+        arg is None
+        or (type(arg) in (Tensor, nn.Parameter) and arg.dtype == torch.float32 and arg.is_cpu)
+        for arg in args
+    )
+
+
+def _onednn() -> _Kernel | None:
+    """Return oneDNN's float32 product where it was measured to be the faster one."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (torch.backends.mkldnn.is_available() and has_avx512):
+        return None
+    kernel: _Kernel | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return kernel
+
+
+_ONEDNN = _onednn()
