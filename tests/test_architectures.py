@@ -150,7 +150,7 @@ def test_local_layers_are_local() -> None:
             changed[:, 0] += 1
             states = []
             for hidden in (own, changed):
-                with split._intercepted(layer, hidden, watch=states.append):
+                with split._intercepted(layer, hidden, watch=(None, states.append)):
                     split.transformer(dict(features))
             after = [s for number, s in enumerate(states) if number % split.n_layers == layer + 1]
         return int(((after[0] - after[1]).abs().amax(-1) > 0).sum())

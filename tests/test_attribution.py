@@ -206,9 +206,12 @@ def test_pairs_do_not_depend_on_each_other() -> None:
 
 def test_each_distinct_text_is_integrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     attributor = PairAttributor(encoder_of(), 2)
+    attributor.attribute(TEXTS[0], TEXTS[1])
     seen: list[int] = []
-    group = attributor._group
-    monkeypatch.setattr(attributor, "_group", lambda reads: seen.append(len(reads)) or group(reads))
+    states = attributor._states
+    monkeypatch.setattr(
+        attributor, "_states", lambda reads: seen.append(len(reads)) or states(reads)
+    )
     attributor.attribute([TEXT_A, TEXT_A, TEXT_B], [TEXT_B, TEXT_A, TEXT_B])
     assert sum(seen) == 2
 

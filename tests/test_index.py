@@ -443,7 +443,7 @@ def test_float16_refuses_what_it_cannot_hold(attributor: PairAttributor, tmp_pat
     write_shard(tmp_path, 0, index.manifest, [small])
     stored = read_shard(tmp_path, 0, index.manifest).token_vectors(0, None)
     assert not stored.converged
-    assert stored.completeness_error == pytest.approx(1.0)
+    assert stored.completeness_error == pytest.approx(1.0, abs=1e-3)
     assert stored.token_error > 0.1
 
 

@@ -13,7 +13,7 @@ from xsiam import PairAttributor, SiameseEncoder
 from xsiam.errors import InputError
 from xsiam.memory import is_out_of_memory
 from xsiam.paths import PathGroup
-from xsiam.planning import MODES, is_reverse, pulled_sides
+from xsiam.modes import MODES, is_reverse, pulled_sides
 
 FLOAT64 = 1e-11
 FORCED = tuple(mode for mode in MODES if mode != "auto")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
@@ -22,20 +21,22 @@ from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
 from xsiam.integration import (
     Integrated,
     Pulled,
+    first_rule,
     integrate_adaptive,
     integrate_fixed,
     integrate_pulled,
 )
 from xsiam.jacobian import exact_numerics
 from xsiam.memory import default_budget, format_bytes, parse_bytes
+from xsiam.modes import check_mode, is_reverse, pulled_sides
 from xsiam.paths import PathGroup
-from xsiam.planning import check_mode, is_reverse, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.result import PairAttribution, TokenPair
-from xsiam.rounding import perturbed, repeated, rounding_noise
-from xsiam.split import Features, evaluation_mode, features_to
+from xsiam.split import evaluation_mode, features_to
+from xsiam.states import TextStates, text_states
 from xsiam.texts import Truncations, check_pairs, check_texts
+from xsiam.vector_cache import TextKey, VectorCache
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
 
@@ -43,12 +44,8 @@ _TEXTS_PER_GROUP = 64
 _FEATURES_AT_ONCE = 64
 _PROBE_TEXT = "A dog runs after the kitten."
 _SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
-_READ = (
-    *("text", "role", "norm", "embedding"),
-    *("tokens", "offsets", "special_mask", "prompt_mask"),
-)
+_READ = ("text", "role", "tokens", "offsets", "special_mask", "prompt_mask")
 _INTEGRATED = ("delta", "completeness_error", "converged", "n_nodes")
-_Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,9 @@ class PairAttributor:
         if encoder.dtype != dtype:
             self.encoder = copy.deepcopy(encoder).to(dtype)
         self.encoder.check_parity()
-        self._cache = _Cache(parse_bytes(cache_size))
+        self._cache = VectorCache(parse_bytes(cache_size))
         self._hand_written = self._reproduces_embeddings()
+        self._first: Rule | None = None
 
     @overload
     def attribute(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
@@ -258,9 +256,9 @@ class PairAttributor:
                         f"but got {(i, j)}. Set `token_pairs`."
                     )
             rule = fixed_rule("gauss_legendre", n_nodes)
-            left = self._feature_vectors(text["a"], [i for i, _ in token_pairs], rule)
-            right = self._feature_vectors(text["b"], [j for _, j in token_pairs], rule)
-        normaliser = text["a"].norm * text["b"].norm
+            left, norm_a = self._feature_vectors(text["a"], [i for i, _ in token_pairs], rule)
+            right, norm_b = self._feature_vectors(text["b"], [j for _, j in token_pairs], rule)
+        normaliser = norm_a * norm_b
         matrices = [a.T @ b / normaliser for a, b in zip(left, right, strict=True)]
         return FeatureAttribution(
             tuple((i, j) for i, j in token_pairs), torch.stack(matrices).to(self.encoder.dtype)
@@ -269,7 +267,7 @@ class PairAttributor:
     # -- inside ---------------------------------------------------------------------------------
 
     def _attribute_pairs(
-        self, pairs: Sequence[tuple[_Key, _Key]], progress: bool
+        self, pairs: Sequence[tuple[TextKey, TextKey]], progress: bool
     ) -> list[PairAttribution]:
         deadline = self._deadline()
         with self._numerics():
@@ -301,7 +299,7 @@ class PairAttributor:
         _warn_unconverged(texts, self)
         return results
 
-    def _read(self, keys: Sequence[_Key]) -> dict[_Key, ReadText]:
+    def _read(self, keys: Sequence[TextKey]) -> dict[TextKey, ReadText]:
         """Read distinct texts, and check that the longest fits the memory budget."""
         with Truncations(self.encoder) as truncations:
             reads = {key: read_text(self.encoder, *key, truncations) for key in dict.fromkeys(keys)}
@@ -324,12 +322,12 @@ class PairAttributor:
             )
 
     def _integrate(
-        self, reads: Mapping[_Key, ReadText], deadline: float | None, progress: bool
-    ) -> dict[_Key, TokenVectors]:
+        self, reads: Mapping[TextKey, ReadText], deadline: float | None, progress: bool
+    ) -> dict[TextKey, TokenVectors]:
         """Integrate texts: those of one length together, in groups of bounded size."""
         fingerprint = self.encoder.model_fingerprint
         results = self._cache.take(fingerprint, reads)
-        groups: dict[Any, list[_Key]] = {}
+        groups: dict[Any, list[TextKey]] = {}
         for key, read in reads.items():
             if key not in results:
                 groups.setdefault(read.shape_key, []).append(key)
@@ -340,17 +338,34 @@ class PairAttributor:
         ]
         for chunk in _tracked(chunks, len(reads) - len(results), progress):
             some = [reads[key] for key in chunk]
-            for key, read, path in zip(chunk, some, self._paths(some, deadline), strict=True):
-                results[key] = self._finish(read, path)
+            states = self._states(some)
+            paths = self._paths(some, states, deadline)
+            for number, (key, path) in enumerate(zip(chunk, paths, strict=True)):
+                results[key] = TokenVectors(
+                    **self._facts(some[number], states, number, path),
+                    token_error=path.token_error,
+                    vectors=path.vectors,
+                )
                 if path.converged or deadline is None:
                     self._cache.put(fingerprint, key, results[key])
         return results
 
-    def _paths(self, reads: Sequence[ReadText], deadline: float | None) -> list[Integrated]:
-        group = self._group(reads)
+    def _paths(
+        self, reads: Sequence[ReadText], states: TextStates, deadline: float | None
+    ) -> list[Integrated]:
+        group = self._group(reads, states)
         if self.rule is not None:
             return integrate_fixed(group, self.rule, self.tolerance)
-        return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline)
+        first = self._first_rule()
+        return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline, first)
+
+    def _first_rule(self) -> Rule:
+        """Return the nodes that a text of ours needs, the same whatever was attributed before."""
+        if self._first is None:
+            read = read_text(self.encoder, _PROBE_TEXT, None, Truncations(self.encoder))
+            group = self._group([read], self._states([read]))
+            self._first = first_rule(group, self.tolerance, self.max_nodes)
+        return self._first
 
     def _pull(
         self, read: ReadText, other: TokenVectors, deadline: float | None
@@ -362,10 +377,17 @@ class PairAttributor:
             text's token vectors, and last with ẽ(r) of it.
         """
         cotangents = torch.cat([other.vectors.T, other.reference_embedding[None]])
+        states = self._states([read])
         pulled = integrate_pulled(
-            self._group([read]), cotangents, self.rule, self.tolerance, self.max_nodes, deadline
+            self._group([read], states),
+            cotangents,
+            self.rule,
+            self.tolerance,
+            self.max_nodes,
+            deadline,
+            self._first_rule() if self.rule is None else None,
         )
-        facts = self._facts(read, pulled) | {"token_error": float("nan")}
+        facts = self._facts(read, states, 0, pulled) | {"token_error": float("nan")}
         return AttributedText(**facts), pulled.products
 
     def _lineariser(self) -> Lineariser:
@@ -396,67 +418,76 @@ class PairAttributor:
             ours = found(features, hidden).total(hidden)[0]
         return bool((ours - own).norm() <= _SAME_EMBEDDING * own.norm())
 
-    def _group(self, reads: Sequence[ReadText]) -> PathGroup:
-        features = stack_features([read.features for read in reads])
-        hidden, start, moved = self._states(features)
-        for name, states in (("texts", hidden), ("references", start)):
-            finite = torch.isfinite(states).flatten(1).all(dim=1)
+    def _states(self, reads: Sequence[ReadText]) -> TextStates:
+        """Run texts of one length through the model; raise ModelError where that is not finite."""
+        split = self.encoder.split
+        states = text_states(
+            split,
+            self.encoder.reference,
+            self.layer,
+            stack_features([read.features for read in reads]),
+            together=self._hand_written,
+        )
+        both = {
+            "texts": (states.hidden, states.embedding),
+            "references": (states.start, states.reference_embedding),
+        }
+        for name, (hidden, embedding) in both.items():
+            finite = hidden.isfinite().flatten(1).all(dim=1) & embedding.isfinite().all(dim=1)
             if not finite.all():
                 bad = reads[int((~finite).nonzero()[0])]
+                split.check_finite(bad.features, [bad.text])
                 raise ModelError(
                     f"Expected finite hidden states, but those of the {name} at layer {self.layer} "
                     f"are not for {bad.text!r}. Check the model's weights."
                 )
+        return states
+
+    def _group(self, reads: Sequence[ReadText], states: TextStates) -> PathGroup:
+        kept = slice(self.encoder.model.truncate_dim)
         return PathGroup(
             lineariser=self._lineariser(),
-            features=features,
-            start=start,
-            direction=hidden - start,
+            features=stack_features([read.features for read in reads]),
+            start=states.start,
+            direction=states.hidden - states.start,
+            start_embeddings=states.reference_embedding[:, kept].double().cpu(),
+            end_embeddings=states.embedding[:, kept].double().cpu(),
             budget=self._memory_budget or default_budget(self.encoder.device),
-            noise=rounding_noise(self.encoder.split, features, self.layer, hidden, moved),
-            reverse=is_reverse(self.mode, hidden.shape[1], self.encoder.embedding_dim),
+            noise=states.noise,
+            reverse=is_reverse(self.mode, states.start.shape[1], self.encoder.embedding_dim),
         )
 
-    def _states(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states [m, S, D] of texts, of their references, and of perturbed texts.
-
-        Above the embedding module a post-norm encoder reads nothing but hidden states and mask, so
-        that all three go through its lower blocks together.
-        """
-        split, reference, layer = self.encoder.split, self.encoder.reference, self.layer
-        first = split.capture(features, 0)
-        moved = perturbed(first)
-        if not self._hand_written:
-            return (
-                split.capture(features, layer),
-                reference.hidden(split, features, layer),
-                split.capture(features, layer, start=moved),
-            )
-        states = torch.cat([first, reference.hidden(split, features, 0), moved])
-        if layer > 0:
-            states = split.capture(repeated(features, 3), layer, start=states)
-        hidden, start, moved = states.chunk(3)
-        return hidden, start, moved
-
-    def _finish(self, read: ReadText, path: Integrated) -> TokenVectors:
-        return TokenVectors(
-            **self._facts(read, path), token_error=path.token_error, vectors=path.vectors
-        )
-
-    @staticmethod
-    def _facts(read: ReadText, path: Integrated | Pulled) -> dict[str, Any]:
-        reference = path.reference_embedding
+    def _facts(
+        self, read: ReadText, states: TextStates, number: int, path: Integrated | Pulled
+    ) -> dict[str, Any]:
+        """Return what a result says of a text, the ``number``-th of some states."""
         facts = {name: getattr(read, name) for name in _READ}
         facts |= {name: getattr(path, name) for name in _INTEGRATED}
-        facts["reference_embedding"] = reference if read.shift is None else reference - read.shift
-        return facts
+        embedding = states.embedding[[number]]
+        reference = path.reference_embedding
+        if self.encoder.shift:
+            embedding = embedding - states.reference_embedding[[number]]
+            reference = torch.zeros_like(reference)
+        parts = self.encoder.parts_of(embedding)
+        return facts | {
+            "norm": float(parts.norm[0]),
+            "embedding": parts.embedding[0].double().cpu(),
+            "reference_embedding": reference,
+        }
 
     def _deadline(self) -> float | None:
         return None if self.time_budget is None else time.monotonic() + self.time_budget
 
-    def _feature_vectors(self, read: ReadText, tokens: Sequence[int], rule: Rule) -> Tensor:
-        """Integrate the derivatives of every feature of some tokens by reverse mode, [T, K, D]."""
-        group = self._group([read])
+    def _feature_vectors(
+        self, read: ReadText, tokens: Sequence[int], rule: Rule
+    ) -> tuple[Tensor, float]:
+        """Integrate the derivatives of every feature of some tokens by reverse mode.
+
+        Returns:
+            [T, K, D], and the norm that the model divides by.
+        """
+        states = self._states([read])
+        group = self._group([read], states)
         n_dimensions = self.encoder.embedding_dim
         unit = torch.eye(n_dimensions, dtype=group.start.dtype, device=group.start.device)
         where = torch.tensor(tokens, device=group.start.device)
@@ -471,7 +502,10 @@ class PairAttributor:
             part = pulled.transpose(0, 1).double().cpu() * weight
             total = part if total is None else total + part
         assert total is not None
-        return total
+        embedding = states.embedding
+        if self.encoder.shift:
+            embedding = embedding - states.reference_embedding
+        return total, float(self.encoder.parts_of(embedding).norm[0])
 
     @contextmanager
     def _numerics(self) -> Iterator[None]:
@@ -518,38 +552,6 @@ def _combine_pulled(
     return combine(other, pulled, settings, Products(pairs, main_other, main))
 
 
-class _Cache:
-    """Token vectors by text and role, the most recently used up to a size in bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._size = limit, 0
-        self._fingerprint: str | None = None
-        self._texts: OrderedDict[_Key, TokenVectors] = OrderedDict()
-
-    def keys(self, fingerprint: str) -> Collection[_Key]:
-        """Return the texts that are known for these weights."""
-        return self._texts.keys() if fingerprint == self._fingerprint else ()
-
-    def take(self, fingerprint: str, keys: Iterable[_Key]) -> dict[_Key, TokenVectors]:
-        """Return those of the texts that are known for these weights."""
-        if fingerprint != self._fingerprint:
-            self._texts.clear()
-            self._fingerprint, self._size = fingerprint, 0
-        found = {key: self._texts[key] for key in keys if key in self._texts}
-        for key in found:
-            self._texts.move_to_end(key)
-        return found
-
-    def put(self, fingerprint: str, key: _Key, text: TokenVectors) -> None:
-        """Keep a text, and drop the least recently used ones where there are too many."""
-        assert fingerprint == self._fingerprint
-        assert key not in self._texts
-        self._texts[key] = text
-        self._size += text.vectors.nbytes
-        while self._size > self._limit:
-            self._size -= self._texts.popitem(last=False)[1].vectors.nbytes
-
-
 def _warn_unconverged(texts: Sequence[AttributedText], attributor: PairAttributor) -> None:
     missed = [text for text in texts if not text.converged]
     if not missed:
@@ -570,7 +572,7 @@ def _warn_unconverged(texts: Sequence[AttributedText], attributor: PairAttributo
     )
 
 
-def _tracked(chunks: Sequence[Sequence[_Key]], total: int, progress: bool) -> Any:
+def _tracked(chunks: Sequence[Sequence[TextKey]], total: int, progress: bool) -> Any:
     """Yield chunks, with a progress bar that counts texts."""
     if not progress:
         yield from chunks

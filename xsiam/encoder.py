@@ -210,7 +210,10 @@ class SiameseEncoder(nn.Module):
 
     def parts(self, features: Features) -> Parts:
         """Return ẽ and the norms the model divides by, for a batch of features."""
-        embedding = self._shifted(features)
+        return self.parts_of(self._shifted(features))
+
+    def parts_of(self, embedding: Tensor) -> Parts:
+        """Return ẽ and the norms the model divides by, from shifted embeddings [n, K]."""
         truncated = embedding[:, : self.model.truncate_dim]
         if self.similarity == "cos":
             norm = truncated.norm(dim=-1)

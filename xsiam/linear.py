@@ -60,8 +60,8 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
 
 def _onednn() -> _Kernel | None:
     """Return oneDNN's float32 product where it was measured to be the faster one."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not (torch.backends.mkldnn.is_available() and has_avx512):
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     kernel: _Kernel | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return kernel

@@ -26,6 +26,8 @@ class PathGroup:
         features: Features of the texts, tensors [m, S].
         start: Hidden states of the references, [m, S, D].
         direction: δ, hidden states of the texts minus the references', [m, S, D].
+        start_embeddings: e(r), truncated, not shifted, [m, K] float64 on the CPU.
+        end_embeddings: e(a), likewise.
         budget: Bytes that one evaluation may take beyond the model; halved for good where the
             machine runs out of memory below it.
         noise: How far rounding may move the embedding of each text, [m] float64.
@@ -37,6 +39,8 @@ class PathGroup:
     features: Features
     start: Tensor
     direction: Tensor
+    start_embeddings: Tensor
+    end_embeddings: Tensor
     budget: int
     noise: Tensor
     reverse: bool = False
@@ -58,13 +62,6 @@ class PathGroup:
             return self.at(rows[part], alphas[part]).embedding.cpu().double()
 
         return torch.cat([result for _, result in self._in_parts(len(rows), 1, evaluate)])
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Return the embeddings at both ends of every path, each [m, K] float64 on the CPU."""
-        rows = torch.arange(self.size)
-        alphas = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(self.size)
-        start, end = self.embed(rows.repeat(2), alphas).chunk(2)
-        return start, end
 
     def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
@@ -100,8 +97,8 @@ class PathGroup:
             [W, P, K, S] float64 on the CPU, or [W, P, C, S] with cotangents.
         """
         if cotangents is None and self.reverse:
-            n_embedding = self.at(rows[:1], alphas[:1]).embedding.shape[1]
-            unit = torch.eye(n_embedding, dtype=self.start.dtype, device=self.start.device)
+            n_dimensions = self.start_embeddings.shape[1]
+            unit = torch.eye(n_dimensions, dtype=self.start.dtype, device=self.start.device)
             cotangents = unit.expand(self.size, -1, -1)
         n_vectors = self.length if cotangents is None else cotangents.shape[1]
 

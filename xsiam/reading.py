@@ -74,9 +74,6 @@ class ReadText:
     special_mask: tuple[bool, ...]
     prompt_mask: tuple[bool, ...]
     features: Features
-    embedding: Tensor
-    norm: float
-    shift: Tensor | None
 
     @property
     def shape_key(self) -> Any:
@@ -128,22 +125,10 @@ def stack_features(features: Sequence[Features]) -> Features:
 def read_text(
     encoder: SiameseEncoder, text: str, role: str | None, truncations: Truncations
 ) -> ReadText:
-    """Tokenise one text and embed it by the model's ordinary forward."""
+    """Tokenise one text as the model does."""
     features = encoder.preprocess_with(truncations, [text], role)
     prompt = encoder.prompt_of(role)[0] or ""
     described = _describe(encoder, text, role, prompt, features)
     features = features_to(features, encoder.device)
     features.pop("offset_mapping", None)
-    parts = encoder.parts(features)
-    if not parts.embedding.isfinite().all():
-        encoder.split.check_finite(features, [text])
-    shift = encoder.shift_of(features)
-    if shift is not None:
-        shift = shift[0, : encoder.model.truncate_dim].double().cpu()
-    return ReadText(
-        **described,
-        features=features,
-        embedding=parts.embedding[0].double().cpu(),
-        norm=float(parts.norm[0]),
-        shift=shift,
-    )
+    return ReadText(**described, features=features)

@@ -74,9 +74,15 @@ class AbstractReference(ABC):
         """Return the references' hidden states at ``layer`` for texts of one length, [n, S, D]."""
         rows = self.rows(split, features)
         with evaluation_mode(split.model):
-            hidden = split.capture(rows.features, layer, start=rows.start)[rows.inverse]
-        length = features["input_ids"].shape[1]
-        return hidden.expand(-1, length, -1) if hidden.shape[1] == 1 else hidden
+            hidden = split.capture(rows.features, layer, start=rows.start)
+        return _at_every_position(hidden[rows.inverse], features)
+
+    def states(self, split: SplitModel, features: Features, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the references' hidden states as :meth:`hidden` does, and e(r), [n, K]."""
+        rows = self.rows(split, features)
+        with evaluation_mode(split.model):
+            hidden, embedding = split.through(rows.features, layer, start=rows.start)
+        return _at_every_position(hidden[rows.inverse], features), embedding[rows.inverse]
 
 
 REFERENCES: dict[str, type[AbstractReference]] = {}
@@ -212,6 +218,12 @@ def pad_id(tokenizer: Any) -> int:
             "Set `tokenizer.pad_token` (for instance to `tokenizer.eos_token`) and save the model."
         )
     return int(pad)
+
+
+def _at_every_position(hidden: Tensor, features: Features) -> Tensor:
+    """Let a single state [n, 1, D] stand for every position of the texts."""
+    length = features["input_ids"].shape[1]
+    return hidden.expand(-1, length, -1) if hidden.shape[1] == 1 else hidden
 
 
 def _first_occurrence(inverse: Tensor, n_distinct: int) -> Tensor:

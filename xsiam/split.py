@@ -136,6 +136,25 @@ class SplitModel:
             return captured.hidden
         raise ModelError(f"{self.name} ended its forward without a call of block {layer}.")
 
+    def through(
+        self, features: Features, layer: int, *, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states [n, S, D] that enter ``layer``, and the embeddings [n, K].
+
+        Args:
+            features: A batch of features with [n, S] tensors.
+            layer: 0 … L.
+            start: As of :meth:`capture`.
+        """
+        self._check_range(layer)
+        seen: list[Tensor] = []
+        with self._intercepted(0, start, watch=(layer, seen.append)):
+            result = self.transformer(dict(features))
+        hidden = result["token_embeddings"] if layer == self.n_layers else seen[0]
+        for module in self.modules[1:]:
+            result = module(result)
+        return hidden, result["sentence_embedding"]
+
     def tail(self, features: Features, layer: int, hidden: Tensor) -> Tensor:
         """Embed from layer ``layer`` on: hidden states [n, S, D] to embeddings [n, K]."""
         self._check_range(layer)
@@ -176,7 +195,11 @@ class SplitModel:
             texts: The n texts, for the message; None decodes the ids.
         """
         states: list[Tensor] = []
-        with torch.no_grad(), self._evaluated(), self._intercepted(0, None, watch=states.append):
+        with (
+            torch.no_grad(),
+            self._evaluated(),
+            self._intercepted(0, None, watch=(None, states.append)),
+        ):
             result = self.transformer(dict(features))
             states.append(result["token_embeddings"])
             for module in self.modules[1:]:
@@ -321,7 +344,7 @@ class SplitModel:
         *,
         capture: int | None = None,
         step_over: bool = False,
-        watch: Callable[[Tensor], None] | None = None,
+        watch: tuple[int | None, Callable[[Tensor], None]] | None = None,
     ) -> Iterator[None]:
         """Run forwards with the block calls in our hands.
 
@@ -331,7 +354,7 @@ class SplitModel:
             capture: The call whose input ends the forward, as :class:`_Captured`.
             step_over: Whether calls below ``inject`` return their input where they can: their
                 output is replaced anyway.
-            watch: Called with the hidden states that enter each call.
+            watch: A call, or None for every call, and what gets the hidden states that enter it.
         """
         count = 0
 
@@ -342,8 +365,8 @@ class SplitModel:
                 return self._calls[number].skip(args, kwargs)
             if hidden is not None and number == inject:
                 args, kwargs = _with_hidden(args, kwargs, hidden)
-            if watch is not None:
-                watch(_hidden_of(args, kwargs))
+            if watch is not None and watch[0] in (number, None):
+                watch[1](_hidden_of(args, kwargs))
             if number == capture:
                 raise _Captured(_hidden_of(args, kwargs))
             return forward(*args, **kwargs)

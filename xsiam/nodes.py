@@ -1,0 +1,233 @@
+"""Choose the nodes of attribution paths: where to evaluate, before anything costly is evaluated.
+
+The total derivative along a path costs one tangent where the token vectors cost S, and its integral
+over any panel [α, β] is known exactly: ẽ(x(β)) − ẽ(x(α)). So nodes are chosen on exact errors. From
+the samples of the total derivative a rational curve is fitted; on it any rule can be tried for
+nothing. The cheapest rule that does on the curve, Gauss-Legendre in a variable that crowds the
+nodes around a peak, is then measured on the model itself, which gives new samples. Only where a few
+such rules miss is the panel bisected.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss
+from xsiam.paths import PathGroup
+from xsiam.quadrature import Array, Rule, sinh_map, sinh_mapped
+from xsiam.rational import RationalCurve, rational_curve
+
+Trial = tuple[PathPanels, Panel, Rule]
+
+_ORDERS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 24)
+# The curve's prediction must lie this far below what is allowed before a rule is measured.
+_PREDICTION_SHARE = 0.7
+# The curve need not follow samples closer than this share of what is allowed.
+_MISFIT_SHARE = 0.05
+_MAX_TRIALS = 3
+# Fewer nodes are worth measuring where they save at least so many, and more than measuring costs:
+# a node of the total derivative takes about as much as three tangents of a token.
+_LEAST_SAVED, _TANGENTS_PER_SAMPLE = 2, 3.0
+_FEWEST_SAMPLES = 6
+# Peaks that are tried first, in units of the panel, and how the best of them are varied.
+_CENTRES, _WIDTHS = (
+    grid.ravel()
+    for grid in np.meshgrid(np.linspace(-0.1, 1.1, 13), [0.03, 0.06, 0.12, 0.25, 0.5, 2.0])
+)
+_SHIFTS, _FACTORS = (grid.ravel() for grid in np.meshgrid(np.linspace(-0.5, 0.5, 5), [0.7, 1, 1.4]))
+_LARGEST_SHIFT = 0.1
+_TRIED_ORDERS = (6, 10, 14)
+_KEPT_COARSE, _KEPT_FINE = 3, 4
+
+
+def plan(group: PathGroup, texts: Sequence[PathPanels], deadline: float | None) -> None:
+    """Choose panels and rules until the planned errors of every text are what it allows.
+
+    Args:
+        group: The paths.
+        texts: Their panels; those without token vectors are planned.
+        deadline: ``time.monotonic()`` value after which the plan is left as it is.
+    """
+    trials = [(t, p, p.rule) for t in texts for p in t.panels if p.error is None]
+    trials = trials or _next_trials(group, texts)
+    while trials:
+        _measure(group, trials)
+        if is_over(deadline):
+            return
+        trials = _next_trials(group, texts)
+
+
+def proposed_rule(text: PathPanels, panel: Panel, most: int) -> Rule | None:
+    """Return the rule of fewest nodes, up to ``most``, that does on a curve through the samples."""
+    points, samples = _samples_in(text, panel)
+    if len(points) < _FEWEST_SAMPLES or not samples.any():
+        return None
+    allowed = text.share(panel)  # of a whole path: all that there is
+    curve = rational_curve(
+        points, samples, panel.increment().numpy(), max(_MISFIT_SHARE * allowed, panel.noise)
+    )
+    return _cheapest(curve, _PREDICTION_SHARE * allowed, most)
+
+
+def is_over(deadline: float | None) -> bool:
+    """Whether a deadline has passed."""
+    return deadline is not None and time.monotonic() > deadline
+
+
+def flatten(trials: Sequence[Trial]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return text, position and trial number of every node, each [n]."""
+    counts = torch.tensor([rule.n_nodes for _, _, rule in trials])
+    rows = torch.tensor([text.row for text, _, _ in trials]).repeat_interleave(counts)
+    numbers = torch.arange(len(trials)).repeat_interleave(counts)
+    return rows, torch.cat([panel.alphas(rule) for _, panel, rule in trials]), numbers
+
+
+def embed_missing_ends(group: PathGroup, texts: Sequence[PathPanels]) -> None:
+    """Fill in the embeddings where panels were bisected."""
+    missing = [(t, i) for t in texts for i, p in enumerate(t.panels) if p.end is None]
+    if not missing:
+        return
+    rows = torch.tensor([text.row for text, _ in missing])
+    alphas = torch.tensor([t.panels[i].right for t, i in missing], dtype=torch.float64)
+    embeddings = group.embed(rows, alphas)
+    for (text, i), embedding in zip(missing, embeddings, strict=True):
+        text.panels[i].end = text.panels[i + 1].start = embedding
+
+
+def _measure(group: PathGroup, trials: Sequence[Trial]) -> None:
+    """Measure the exact error of rules on panels; keep those that do, and every sample."""
+    rows, alphas, _ = flatten(trials)
+    _, derivatives = group.totals(rows, alphas)
+    counts = [rule.n_nodes for _, _, rule in trials]
+    for (text, panel, rule), points, values in zip(
+        trials, torch.split(alphas, counts), torch.split(derivatives, counts), strict=True
+    ):
+        text.points.append(points)
+        text.samples.append(values)
+        total = panel.width * (rule.weights @ values)
+        error = float((total - panel.increment()).norm())
+        share = text.share(panel)
+        before = float("inf") if panel.error is None else panel.error
+        if error <= share or before > max(share, error):
+            panel.rule, panel.error = rule, error
+            if panel.is_whole and error <= share:
+                text.panels = [panel]  # it may have been bisected before
+
+
+def _next_trials(group: PathGroup, texts: Sequence[PathPanels]) -> list[Trial]:
+    trials = []
+    for text in texts:
+        if worst := text.worst_panels():
+            trials += [trial for panel in worst for trial in _better(text, panel)]
+        else:
+            cost = min(1.0, _TANGENTS_PER_SAMPLE / group.length)
+            trials += _merged(text, cost) or [
+                trial for panel in text.panels for trial in _cheaper(text, panel, cost)
+            ]
+    embed_missing_ends(group, texts)
+    return trials
+
+
+def _better(text: PathPanels, panel: Panel) -> list[Trial]:
+    """Return what may lower the error of a panel: another rule, or its halves."""
+    if panel.trials < _MAX_TRIALS:
+        panel.trials += 1
+        if rule := proposed_rule(text, panel, panel.rule.n_nodes + text.room):
+            return [(text, panel, rule)]
+    if text.room < 2 * FIRST_ORDER - panel.rule.n_nodes:
+        return []
+    return [(text, half, half.rule) for half in text.split(panel, panel.error or 0.0)]
+
+
+def _cheaper(text: PathPanels, panel: Panel, cost: float) -> list[Trial]:
+    """Return a rule of fewer nodes for a panel that is accurate enough, once.
+
+    It must save more nodes than measuring it takes, at ``cost`` of an evaluated node each.
+    """
+    if panel.vectors is not None or panel.is_thrifty:
+        return []
+    panel.is_thrifty = True
+    n_nodes = panel.rule.n_nodes
+    most = min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost)))
+    rule = proposed_rule(text, panel, most)
+    return [] if rule is None else [(text, panel, rule)]
+
+
+def _merged(text: PathPanels, cost: float) -> list[Trial]:
+    """Return one rule for a whole path that was bisected, once all samples are there."""
+    if len(text.panels) == 1 or text.is_merged or any(p.vectors is not None for p in text.panels):
+        return []
+    text.is_merged = True
+    n_nodes = sum(panel.rule.n_nodes for panel in text.panels)
+    rule = proposed_rule(text, text.root, min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost))))
+    return [] if rule is None else [(text, replace(text.root, error=None), rule)]
+
+
+def _samples_in(text: PathPanels, panel: Panel) -> tuple[Array, Array]:
+    """Return positions within the panel, [m] in [0, 1], and derivatives by them, [m, K]."""
+    alphas, values = torch.cat(text.points).numpy(), torch.cat(text.samples).numpy()
+    inside = (alphas >= panel.left) & (alphas <= panel.right)
+    points, first = np.unique((alphas[inside] - panel.left) / panel.width, return_index=True)
+    return points, values[inside][first] * panel.width
+
+
+def _cheapest(curve: RationalCurve, allowed: float, most: int) -> Rule | None:
+    """Return the rule of fewest nodes whose error on the curve is allowed, or None."""
+    exact = curve.integral()
+    centres, widths = _peaks(curve, exact)
+    for order in _ORDERS:
+        if order > most:
+            return None
+        plain = gauss(order)
+        if _errors(curve, exact, plain.nodes.numpy()[None], plain.weights.numpy()[None]) <= allowed:
+            return plain
+        errors = _errors(curve, exact, *_mapped(order, centres, widths))
+        best = int(errors.argmin())
+        if errors[best] <= allowed:
+            return sinh_mapped(plain, float(centres[best]), float(widths[best]))
+    return None
+
+
+def _peaks(curve: RationalCurve, exact: Array) -> tuple[Array, Array]:
+    """Return centres and widths of the maps that serve the curve best: a grid, then finer."""
+    best = _best([_coarse(order) for order in _TRIED_ORDERS], curve, exact, _KEPT_COARSE)
+    centres, widths = _CENTRES[best][:, None], _WIDTHS[best][:, None]
+    centres = (centres + _SHIFTS * np.minimum(widths, _LARGEST_SHIFT)).ravel()
+    widths = (widths * _FACTORS).ravel()
+    rules = [_mapped(order, centres, widths) for order in _TRIED_ORDERS]
+    best = _best(rules, curve, exact, _KEPT_FINE)
+    return centres[best], widths[best]
+
+
+def _best(
+    rules: Sequence[tuple[Array, Array]], curve: RationalCurve, exact: Array, kept: int
+) -> Array:
+    """Return which maps are among the best few for one of the orders."""
+    ranked = [np.argsort(_errors(curve, exact, *rule))[:kept] for rule in rules]
+    found: Array = np.unique(np.concatenate(ranked))
+    return found
+
+
+def _errors(curve: RationalCurve, exact: Array, nodes: Array, weights: Array) -> Array:
+    """Return the error of rules, nodes and weights [R, n], on the curve, [R]."""
+    values = curve(nodes.ravel()).reshape(*nodes.shape, -1)
+    errors: Array = np.linalg.norm(np.einsum("rn,rnd->rd", weights, values) - exact, axis=1)
+    return errors
+
+
+@functools.cache
+def _coarse(order: int) -> tuple[Array, Array]:
+    return _mapped(order, _CENTRES, _WIDTHS)
+
+
+def _mapped(order: int, centres: Array, widths: Array) -> tuple[Array, Array]:
+    """Return nodes and weights [R, n] of one Gauss-Legendre rule under R maps."""
+    rule = gauss(order)
+    nodes, slope = sinh_map(rule.nodes.numpy(), centres[:, None], widths[:, None])
+    return nodes, rule.weights.numpy() * slope

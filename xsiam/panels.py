@@ -1,0 +1,232 @@
+"""Panels of attribution paths: what is known of each, and what a text may still spend on them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xsiam.quadrature import Rule, gauss_legendre
+
+# The plan keeps a panel sum this share of the tolerance, so that acceptance rarely fails.
+_PLAN_SHARE = 0.5
+# Nodes of a panel of which nothing is known yet.
+FIRST_ORDER = 8
+# Bounds of the ratio by which a panel's exact total error scales its embedded token differences:
+# the ratio can be small by luck (cancelling tokens), so it is tripled and kept from vanishing. The
+# error of a Gauss rule is about the square of its last coefficient, which is the difference.
+_RATIO_SAFETY = 3.0
+_RATIO_FLOOR = 2e-4
+# An error up to so many times the noise, which so many bisections in a row lowered by less than
+# this factor, is noise too.
+_NEAR_NOISE = 64.0
+_NO_PROGRESS = 0.25
+_MAX_STALLS = 3
+_RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
+
+
+@functools.cache
+def gauss(order: int) -> Rule:
+    """Return the Gauss-Legendre rule of ``order`` nodes."""
+    return gauss_legendre(order)
+
+
+def scale_of(delta: Tensor, start: Tensor | None) -> float:
+    """Return |Δ|, or 1 where it is float noise and errors are absolute."""
+    norm = float(delta.norm())
+    noise = 0.0 if start is None else _RELATIVE_FLOOR * float(start.norm())
+    return norm if norm > noise else 1.0
+
+
+@dataclass(eq=False)
+class Panel:
+    """One panel [left, right] of a path.
+
+    Attributes:
+        left: Where it begins, as a position α on the path.
+        right: Where it ends.
+        start: Embedding at ``left``, [K] float64, or None as long as it is unknown.
+        end: Embedding at ``right``.
+        noise: What lies below this is rounding, in units of the embedding.
+        rule: The planned nodes.
+        error: Exact error of the total derivative's integral by ``rule``, None before it is known.
+        trials: Other rules that were proposed for it.
+        caution: Share of what it may err that the next proposal keeps to.
+        is_thrifty: Whether fewer nodes were tried.
+        parent_error: Error of the panel that it is a half of.
+        stalls: Bisections in a row above it that lowered no error.
+        vectors: Token vectors of the panel, [K, S], once they are evaluated.
+        token_errors: Their estimated errors, [S].
+    """
+
+    left: float
+    right: float
+    start: Tensor | None
+    end: Tensor | None
+    noise: float
+    rule: Rule
+    error: float | None = None
+    trials: int = 0
+    caution: float = 1.0
+    is_thrifty: bool = False
+    parent_error: float = float("inf")
+    stalls: int = 0
+    vectors: Tensor | None = None
+    token_errors: Tensor | None = None
+    _evaluated: tuple[Rule, Tensor | None, Tensor | None] | None = None
+
+    @property
+    def width(self) -> float:
+        """How much of the path it covers."""
+        return self.right - self.left
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it covers the whole path."""
+        return self.width == 1.0
+
+    def alphas(self, rule: Rule | None = None) -> Tensor:
+        """Return the nodes of its own or another rule, as positions on the path."""
+        return self.left + self.width * (rule or self.rule).nodes
+
+    def increment(self) -> Tensor:
+        """Return what the total derivative integrates to over the panel, exactly."""
+        assert self.start is not None
+        assert self.end is not None
+        return self.end - self.start
+
+    def total_error(self) -> Tensor:
+        """Return the exact error of the sum over tokens, [K], once vectors are there."""
+        assert self.vectors is not None
+        return self.vectors.sum(1) - self.increment()
+
+    def reopen(self, caution: float) -> None:
+        """Ask for a better rule; what was evaluated is kept in case there is none."""
+        self.caution, self.trials, self.is_thrifty = caution, 0, True
+        self._evaluated = (self.rule, self.vectors, self.token_errors)
+        self.vectors = self.token_errors = None
+
+    def restore(self) -> None:
+        """Take back what was evaluated if the rule is still the same."""
+        if self._evaluated is not None and self._evaluated[0] is self.rule:
+            _, self.vectors, self.token_errors = self._evaluated
+
+    def halves(self, error: float) -> list[Panel]:
+        """Return both halves, which remember the error that the whole panel had."""
+        middle = (self.left + self.right) / 2
+        left = Panel(self.left, middle, self.start, None, self.noise, gauss(FIRST_ORDER))
+        right = Panel(middle, self.right, None, self.end, self.noise, gauss(FIRST_ORDER))
+        for half in (left, right):
+            half.parent_error, half.stalls = error, self._stalls_with(error)
+            half.caution, half.is_thrifty = self.caution, self.is_thrifty
+        return [left, right]
+
+    def can_improve(self, error: float) -> bool:
+        """Whether more nodes lower an error, or it is float noise of the embeddings.
+
+        Noise is what lies below its expected size, and what several bisections did not lower
+        although it was close: a resolved panel's error falls by orders of magnitude.
+        """
+        near = error <= _NEAR_NOISE * self.noise
+        return error > self.noise and not (near and self._stalls_with(error) >= _MAX_STALLS)
+
+    def _stalls_with(self, error: float) -> int:
+        """Count the bisections in a row that did not lower the error, up to this panel."""
+        return self.stalls + 1 if error > _NO_PROGRESS * self.parent_error else 0
+
+    def accept(self, vectors: Tensor, embedded: Tensor, scale: float) -> None:
+        """Take the token vectors [K, S] by both rules, and estimate the error of every token.
+
+        The difference to the embedded rule is the error of the lower rule; it is scaled by how much
+        the higher rule beats the lower one on the sum over tokens, which is known exactly; ``scale``
+        is |Δ| of the path.
+        """
+        self.vectors = vectors
+        difference: Tensor = vectors - embedded
+        exact = (self.total_error().norm() - self.noise).clamp_min(0.0)
+        total = difference.sum(1).norm().clamp_min(1e-300)
+        floor = min(_RATIO_FLOOR, float(total) / scale)
+        self.token_errors = difference.norm(dim=0) * (_RATIO_SAFETY * exact / total).clamp(floor, 1)
+
+
+@dataclass
+class PathPanels:
+    """The panels of one text's path, the derivatives sampled along it, and what it may spend.
+
+    Attributes:
+        row: The text's number in its group.
+        tolerance: Bound on the errors, relative to |Δ|.
+        max_nodes: Most nodes at which token derivatives are evaluated.
+        panels: From left to right.
+        n_evaluated: Nodes at which they were.
+        points: Positions α at which the total derivative was sampled, [m] each.
+        samples: Its values there, [m, K] each.
+        is_merged: Whether one rule for the whole path was tried after bisecting it.
+    """
+
+    row: int
+    tolerance: float
+    max_nodes: int
+    panels: list[Panel]
+    n_evaluated: int = 0
+    points: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    is_merged: bool = False
+    root: Panel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self.panels[0]
+        self.scale = scale_of(self.root.increment(), self.root.start)
+
+    @property
+    def room(self) -> int:
+        """Nodes that are left beside the planned ones."""
+        planned = sum(p.rule.n_nodes for p in self.panels if p.vectors is None)
+        return self.max_nodes - self.n_evaluated - planned
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether every panel has its token vectors."""
+        return all(panel.vectors is not None for panel in self.panels)
+
+    def allowed(self) -> float:
+        """Return what the planned errors may sum to."""
+        return self.tolerance * _PLAN_SHARE * self.scale
+
+    def share(self, panel: Panel) -> float:
+        """Return what one panel may err."""
+        return panel.caution * self.allowed() * (1.0 if panel.is_whole else 1 / len(self.panels))
+
+    def worst_panels(self) -> list[Panel]:
+        """Return the fewest panels whose removal leaves an acceptable planned error."""
+        open_panels = [p for p in self.panels if p.vectors is None]
+        cautious = [p for p in open_panels if (p.error or 0.0) > self.share(p) and p.caution < 1]
+        left = sum(p.error or 0.0 for p in self.panels)
+        worst = [p for p in cautious if p.can_improve(p.error or 0.0)]
+        if left <= self.allowed():
+            return worst
+        for panel in sorted(open_panels, key=lambda p: -(p.error or 0.0)):
+            if left <= self.allowed() / 2:
+                break
+            if panel.error and panel.can_improve(panel.error):
+                worst.append(panel)
+                left -= panel.error
+        return list({id(panel): panel for panel in worst}.values())
+
+    def split(self, panel: Panel, error: float) -> list[Panel]:
+        """Replace a panel by its halves and return them."""
+        where = next(i for i, p in enumerate(self.panels) if p is panel)
+        halves = panel.halves(error)
+        self.panels[where : where + 1] = halves
+        return halves
+
+    def cut_short(self) -> None:
+        """Fall back to one panel where the deadline leaves no time for the planned ones."""
+        self.panels = [self.root]
+
+    def token_error(self) -> float:
+        """Return the largest estimated error of a token vector, rounding included."""
+        shares = [p.token_errors for p in self.panels if p.token_errors is not None]
+        return float(torch.stack(shares).sum(0).max()) + self.root.noise
