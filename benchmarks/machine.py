@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from xsiam.linear import linear
 
 _PEAK_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 _PEAK_TRIALS = 4
@@ -17,9 +21,9 @@ _PEAK_TRIALS = 4
 SAME = ("processor", "threads", "torch", "device")
 
 
-def facts(device: str) -> dict[str, Any]:
-    """Describe the machine; the matmul peak is measured."""
-    return {
+def facts(device: str, *, peak: bool = True) -> dict[str, Any]:
+    """Describe the machine; the matmul peak is measured where it is asked for."""
+    described = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
@@ -27,25 +31,27 @@ def facts(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "peak_flops": matmul_peak(device),
     }
+    return described | ({"peak_flops": matmul_peak(device)} if peak else {})
 
 
 def matmul_peak(device: str = "cpu") -> float:
-    """Return the float32 operations a second of the fastest of some square matrix products."""
+    """Return the float32 operations a second of the fastest of some square matrix products.
+
+    ``torch.mm`` and the kernel that xsiam uses are both tried.
+    """
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    return max(_speed(size, device) for size in _PEAK_SIZES[kind])
+    return max(_speed(size, device, f) for size in _PEAK_SIZES[kind] for f in (torch.mm, linear))
 
 
-def _speed(size: int, device: str) -> float:
+def _speed(size: int, device: str, product: Callable[[Tensor, Tensor], Tensor]) -> float:
     left = torch.randn(size, size, device=device)
     right = torch.randn(size, size, device=device)
-    out = torch.empty(size, size, device=device)
     best = float("inf")
     for _ in range(_PEAK_TRIALS):
         synchronize(device)
         start = time.perf_counter()
-        torch.mm(left, right, out=out)
+        product(left, right)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
@@ -77,8 +83,17 @@ def _attention_flops(
     return int(2 * n * heads * length * key[2] * (size + value[3]))
 
 
-# The formula that FlopCounterMode lacks: fused attention on the processor.
-_PROCESSOR_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _linear_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of x Wᵀ, from shapes [..., in] and [out, in]."""
+    return 2 * math.prod(x) * int(weight[0])
+
+
+# The formulas that FlopCounterMode lacks: fused attention and oneDNN's product on the processor.
+_PROCESSOR_KERNELS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+}
+if torch.backends.mkldnn.is_available():
+    _PROCESSOR_KERNELS[torch.ops.mkldnn._linear_pointwise] = _linear_flops
 
 
 def _processor() -> str:

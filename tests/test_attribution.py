@@ -206,7 +206,7 @@ def test_pairs_do_not_depend_on_each_other() -> None:
 
 def test_each_distinct_text_is_integrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     attributor = PairAttributor(encoder_of(), 2)
-    attributor.attribute(TEXTS[0], TEXTS[1])
+    attributor.attribute("the kitten", "a small red dog")
     seen: list[int] = []
     states = attributor._states
     monkeypatch.setattr(
