@@ -12,8 +12,8 @@ from models import TEXT_A, TEXT_B, TEXTS, tiny_model
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.errors import InputError
 from xsiam.memory import is_out_of_memory
-from xsiam.paths import PathGroup
 from xsiam.modes import MODES, is_reverse, pulled_sides
+from xsiam.paths import PathGroup
 
 FLOAT64 = 1e-11
 FORCED = tuple(mode for mode in MODES if mode != "auto")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xsiam.nodes import embed_missing_ends, flatten, is_over, plan, proposed_rule
+from xsiam.nodes import embed_missing_ends, flatten, is_over, plan, proposed_rule, sample_cost
 from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss, scale_of
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
@@ -23,6 +23,9 @@ from xsiam.quadrature import Rule
 # Noise is what rounding was measured to move an embedding by, and at least so many units in the
 # last place of its norm.
 _NOISE_UNITS = 1.0
+# Where measuring a rule costs at least this share of evaluating it, the first one is evaluated at
+# once: it does for most texts.
+_WORTH_A_TRY = 0.15
 _CAUTION = 0.5  # how far below the tolerance a panel is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 
@@ -94,10 +97,14 @@ def integrate_adaptive(
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
         first: The rule that is tried first, as by :func:`first_rule`.
     """
-    first = first or gauss(FIRST_ORDER)
-    whole = [_whole(group, i, first) for i in range(group.size)]
+    whole = [_whole(group, i, first or gauss(FIRST_ORDER)) for i in range(group.size)]
     texts = [PathPanels(i, tolerance, max_nodes, [panel]) for i, panel in enumerate(whole)]
-    plan(group, texts, deadline)
+    if first is not None and first.n_nodes <= max_nodes and sample_cost(group) >= _WORTH_A_TRY:
+        _evaluate(group, [(text, text.root) for text in texts])
+        for text in texts:
+            if not text.is_accepted() and not is_over(deadline):
+                text.panels = [_whole(group, text.row, gauss(FIRST_ORDER))]
+    plan(group, [text for text in texts if not text.is_evaluated], deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):
             for text in pending:
@@ -209,11 +216,10 @@ def _both_weights(panels: Sequence[Panel]) -> Tensor:
 
 def _reconsider(text: PathPanels) -> None:
     """Reopen or bisect evaluated panels where the completeness or token error is too large."""
-    total = torch.stack([panel.total_error() for panel in text.panels]).sum(0)
-    limit, left = text.tolerance * text.scale, text.token_error()
-    worst = max(float(total.norm()), left)
-    if worst <= limit:
+    if text.is_accepted():
         return
+    limit, left = text.tolerance * text.scale, text.token_error()
+    worst = max(text.total_error(), left)
     text.is_merged = True
     room = (text.max_nodes - text.n_evaluated) // (2 * FIRST_ORDER)
     ranked = []

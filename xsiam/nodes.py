@@ -75,6 +75,11 @@ def proposed_rule(text: PathPanels, panel: Panel, most: int) -> Rule | None:
     return _cheapest(curve, _PREDICTION_SHARE * allowed, most)
 
 
+def sample_cost(group: PathGroup) -> float:
+    """Return what measuring a node costs, as a share of what evaluating all its tokens does."""
+    return min(1.0, _TANGENTS_PER_SAMPLE / group.length)
+
+
 def is_over(deadline: float | None) -> bool:
     """Whether a deadline has passed."""
     return deadline is not None and time.monotonic() > deadline
@@ -126,7 +131,7 @@ def _next_trials(group: PathGroup, texts: Sequence[PathPanels]) -> list[Trial]:
         if worst := text.worst_panels():
             trials += [trial for panel in worst for trial in _better(text, panel)]
         else:
-            cost = min(1.0, _TANGENTS_PER_SAMPLE / group.length)
+            cost = sample_cost(group)
             trials += _merged(text, cost) or [
                 trial for panel in text.panels for trial in _cheaper(text, panel, cost)
             ]

@@ -140,8 +140,12 @@ class Panel:
         """Take the token vectors [K, S] by both rules, and estimate the error of every token.
 
         The difference to the embedded rule is the error of the lower rule; it is scaled by how much
-        the higher rule beats the lower one on the sum over tokens, which is known exactly; ``scale``
-        is |Δ| of the path.
+        the higher rule beats the lower one on the sum over tokens, which is known exactly.
+
+        Args:
+            vectors: By the rule.
+            embedded: By the rule embedded in it.
+            scale: |Δ| of the path.
         """
         self.vectors = vectors
         difference: Tensor = vectors - embedded
@@ -225,6 +229,14 @@ class PathPanels:
     def cut_short(self) -> None:
         """Fall back to one panel where the deadline leaves no time for the planned ones."""
         self.panels = [self.root]
+
+    def is_accepted(self) -> bool:
+        """Whether both errors of what was evaluated meet the tolerance."""
+        return max(self.total_error(), self.token_error()) <= self.tolerance * self.scale
+
+    def total_error(self) -> float:
+        """Return the exact error of the sum over tokens."""
+        return float(torch.stack([panel.total_error() for panel in self.panels]).sum(0).norm())
 
     def token_error(self) -> float:
         """Return the largest estimated error of a token vector, rounding included."""
