@@ -103,7 +103,7 @@ def integrate_adaptive(
         _evaluate(group, [(text, text.root) for text in texts])
         for text in texts:
             if not text.is_accepted() and not is_over(deadline):
-                text.panels = [_whole(group, text.row, gauss(FIRST_ORDER))]
+                text.begin(_whole(group, text.row, gauss(FIRST_ORDER)))
     plan(group, [text for text in texts if not text.is_evaluated], deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):

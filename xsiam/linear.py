@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class FastLinear(TorchFunctionMode):
     """Within this context, linear layers of a model's own forward go through :func:`linear`.
 
-    Only where nothing is differentiated: without gradients, and outside ``torch.func`` transforms.
+    Only without gradients; ``torch.func`` transforms within it are not meant to be.
     """
 
     def __torch_function__(

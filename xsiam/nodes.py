@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -171,7 +170,7 @@ def _merged(text: PathPanels, cost: float) -> list[Trial]:
     text.is_merged = True
     n_nodes = sum(panel.rule.n_nodes for panel in text.panels)
     rule = proposed_rule(text, text.root, min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost))))
-    return [] if rule is None else [(text, replace(text.root, error=None), rule)]
+    return [] if rule is None else [(text, text.whole_again(), rule)]
 
 
 def _samples_in(text: PathPanels, panel: Panel) -> tuple[Array, Array]:

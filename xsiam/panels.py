@@ -181,8 +181,12 @@ class PathPanels:
     root: Panel = field(init=False)
 
     def __post_init__(self) -> None:
-        self.root = self.panels[0]
+        self.begin(self.panels[0])
         self.scale = scale_of(self.root.increment(), self.root.start)
+
+    def begin(self, root: Panel) -> None:
+        """Start from one panel for the whole path, of which nothing was evaluated."""
+        self.root, self.panels = root, [root]
 
     @property
     def room(self) -> int:
@@ -202,6 +206,11 @@ class PathPanels:
     def share(self, panel: Panel) -> float:
         """Return what one panel may err."""
         return panel.caution * self.allowed() * (1.0 if panel.is_whole else 1 / len(self.panels))
+
+    def whole_again(self) -> Panel:
+        """Return a new panel for the whole path, to be tried in place of its parts."""
+        root = self.root
+        return Panel(root.left, root.right, root.start, root.end, root.noise, root.rule)
 
     def worst_panels(self) -> list[Panel]:
         """Return the fewest panels whose removal leaves an acceptable planned error."""

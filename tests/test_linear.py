@@ -1,0 +1,51 @@
+"""The fast float32 product: the same numbers, and out of the way of derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TEXT_A, TEXT_B, tiny_model
+from torch import nn
+
+from xsiam import SiameseEncoder
+from xsiam.linear import FastLinear, linear
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 4, 7), (0, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_it_is_a_linear_layer(shape: tuple[int, ...], bias: bool, transposed: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    weight = torch.randn(7, 6).mT if transposed else torch.randn(6, 7)
+    offset = torch.randn(6) if bias else None
+    wanted = nn.functional.linear(
+        x.double(), weight.double(), None if offset is None else offset.double()
+    )
+    assert torch.allclose(linear(x, weight, offset).double(), wanted, atol=1e-5)
+
+
+def test_strided_rows_and_float64_are_taken() -> None:
+    x, weight = torch.randn(5, 4, 7).transpose(0, 1), torch.randn(6, 7)
+    assert torch.allclose(linear(x, weight), x @ weight.mT, atol=1e-5)
+    assert torch.equal(
+        linear(x.double(), weight.double()), nn.functional.linear(x.double(), weight.double())
+    )
+
+
+def test_a_models_forward_keeps_its_numbers() -> None:
+    encoder = SiameseEncoder(tiny_model()).eval()
+    features = encoder.preprocess([TEXT_A, TEXT_B])
+    with torch.no_grad():
+        own = encoder.split.embed(features)
+        with FastLinear():
+            fast = encoder.split.embed(features)
+    assert torch.allclose(own, fast, atol=1e-5)
+
+
+def test_gradients_pass_by() -> None:
+    layer = nn.Linear(4, 3)
+    x = torch.randn(2, 4, requires_grad=True)
+    with FastLinear():
+        layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 4))

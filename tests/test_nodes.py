@@ -1,0 +1,137 @@
+"""Rational curves, mapped rules, and the plan that chooses nodes with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import TEXT_A, TEXT_B, tiny_model
+
+from xsiam import PairAttributor, SiameseEncoder
+from xsiam.integration import integrate_adaptive
+from xsiam.quadrature import gauss_legendre, sinh_map, sinh_mapped
+from xsiam.rational import rational_curve
+
+CENTRE, WIDTH = 0.37, 0.02
+
+
+def peak(points: np.ndarray) -> np.ndarray:
+    """A curve in R^3 with poles at CENTRE ± i WIDTH, [m, 3]."""
+    x = np.asarray(points)[:, None]
+    return np.concatenate(
+        [1 / ((x - CENTRE) ** 2 + WIDTH**2), x / ((x - CENTRE) ** 2 + WIDTH**2), 1 + x], axis=1
+    )
+
+
+def peak_integral() -> np.ndarray:
+    """Its integral over [0, 1] in closed form."""
+    angle = (np.arctan((1 - CENTRE) / WIDTH) + np.arctan(CENTRE / WIDTH)) / WIDTH
+    half_log = 0.5 * np.log(((1 - CENTRE) ** 2 + WIDTH**2) / (CENTRE**2 + WIDTH**2))
+    return np.array([angle, half_log + CENTRE * angle, 1.5])
+
+
+def test_a_rational_curve_follows_a_peak_that_polynomials_miss() -> None:
+    points = gauss_legendre(12).nodes.numpy()
+    exact = peak_integral()
+    curve = rational_curve(points, peak(points), exact, 1e-10)
+    samples = curve(points)
+    assert np.allclose(samples @ samples.T, peak(points) @ peak(points).T, rtol=1e-6)
+    wanted = np.linalg.norm(exact)
+    # its integral is taken by a dense fixed rule, which has an error of its own
+    assert np.linalg.norm(curve.integral()) == pytest.approx(wanted, rel=1e-4)
+    polynomial = gauss_legendre(12).weights.numpy() @ peak(points)
+    assert np.linalg.norm(polynomial - exact) > 0.1 * wanted
+
+
+def test_a_constant_curve_needs_one_support_point() -> None:
+    points = np.linspace(0.1, 0.9, 5)
+    curve = rational_curve(points, np.full((5, 4), 2.0), np.full(4, 2.0), 1e-12)
+    assert len(curve.support) == 1
+    assert np.linalg.norm(curve(np.array([0.0, 1.0])), axis=1) == pytest.approx([4.0, 4.0])
+
+
+@pytest.mark.parametrize("centre", [-0.1, 0.0, 0.37, 1.0])
+@pytest.mark.parametrize("width", [0.03, 2.0])
+def test_the_map_covers_the_path_with_its_own_slope(centre: float, width: float) -> None:
+    u = np.linspace(0, 1, 11)
+    alpha, slope = sinh_map(u, centre, width)
+    assert alpha[[0, -1]] == pytest.approx([0.0, 1.0], abs=1e-12)
+    assert (np.diff(alpha) > 0).all()
+    step = 1e-6
+    numeric = (sinh_map(u + step, centre, width)[0] - sinh_map(u - step, centre, width)[0]) / 2
+    assert slope == pytest.approx(numeric / step, rel=1e-5)
+
+
+def test_mapped_nodes_integrate_a_peak_with_a_fraction_of_the_nodes() -> None:
+    exact = peak_integral()
+
+    def error(rule) -> float:
+        found = rule.weights.numpy() @ peak(rule.nodes.numpy())
+        return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+    mapped = sinh_mapped(gauss_legendre(16), CENTRE, WIDTH)
+    assert error(mapped) < 1e-5
+    assert error(gauss_legendre(64)) > 1e-3
+    embedded = mapped.embedded_weights.numpy() @ peak(mapped.nodes.numpy())
+    assert np.linalg.norm(embedded - exact) > np.linalg.norm(exact) * error(mapped)
+
+
+class Peaked:
+    """Paths of one text whose token derivatives have a narrow peak, as far as plans look."""
+
+    size, reverse = 1, False
+    start = torch.zeros(1, 1, 2, dtype=torch.float64)
+    noise = torch.zeros(1, dtype=torch.float64)
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.shares = torch.linspace(0.5, 1.5, length, dtype=torch.float64) / length
+        self.start_embeddings = torch.zeros(1, 3, dtype=torch.float64)
+        self.end_embeddings = torch.from_numpy(peak_integral())[None]
+        self.n_sampled = self.n_evaluated = 0
+
+    def totals(self, rows, alphas):
+        self.n_sampled += len(alphas)
+        return None, torch.from_numpy(peak(alphas.numpy()))
+
+    def embed(self, rows, alphas):
+        half = 2 * gauss_legendre(200).nodes.numpy()  # panels of 0 … α, by brute force
+        weights = 2 * gauss_legendre(200).weights.numpy()
+        return torch.stack(
+            [
+                torch.from_numpy(weights @ peak(alpha * half / 2)) * alpha / 2
+                for alpha in alphas.numpy()
+            ]
+        )
+
+    def token_sums(self, rows, alphas, weights, panels):
+        self.n_evaluated += len(alphas)
+        values = torch.from_numpy(peak(alphas.numpy()))[..., None] * self.shares  # [n, 3, S]
+        n_panels = int(panels.max()) + 1
+        one_hot = torch.nn.functional.one_hot(panels, n_panels).double()
+        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("first", [None, gauss_legendre(4), gauss_legendre(12)])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-5])
+def test_a_peak_is_planned_on_few_samples(length: int, first, tolerance: float) -> None:
+    group = Peaked(length)
+    (result,) = integrate_adaptive(group, tolerance, 4096, first=first)  # type: ignore[arg-type]
+    assert result.converged
+    exact = group.end_embeddings[0, :, None] * group.shares
+    scale = float(group.end_embeddings.norm())
+    assert result.completeness_error <= tolerance
+    assert float((result.vectors - exact).norm(dim=0).max()) <= tolerance * scale
+    assert group.n_evaluated == result.n_nodes <= 60
+    assert group.n_sampled <= 200
+
+
+def test_plans_do_not_depend_on_what_was_attributed_before() -> None:
+    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    fresh = PairAttributor(encoder, 0, cache_size=1)
+    used = PairAttributor(encoder, 0, cache_size=1)
+    used.token_vectors(["the kitten", "a small red dog is in the house", TEXT_B])
+    ours, theirs = fresh.token_vectors([TEXT_A])[0], used.token_vectors([TEXT_A])[0]
+    assert torch.equal(ours.vectors, theirs.vectors)
+    assert ours.n_nodes == theirs.n_nodes
