@@ -11,6 +11,8 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.families import AutodiffLineariser, PostNormLineariser, post_norm_lineariser
 from xsiam.jacobian import exact_numerics
+from xsiam.one_token import is_cheaper
+from xsiam.postnorm import PostNormBlock
 
 FLOAT64 = 1e-11  # worst measured 2e-12 (ALBERT, layer 0), beside entries of up to 24
 POOLINGS = ("mean", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
@@ -59,6 +61,47 @@ def test_every_family_at_every_layer(architecture: str, layer: int) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_linear_pooling(pooling: str, layer: int) -> None:
     assert_equal(*both(tiny_model("mpnet", pooling=pooling), layer))
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "weightedmean"])
+@pytest.mark.parametrize("architecture", ["mpnet", "albert"])
+def test_both_ways_through_a_block_from_tokens_to_the_pooling(
+    architecture: str, pooling: str, factored: bool, monkeypatch
+) -> None:
+    calls = []
+
+    def choose(block, n_rows: int, n_tokens: int) -> bool:
+        calls.append((n_rows, n_tokens))
+        return factored
+
+    monkeypatch.setattr("xsiam.postnorm.is_cheaper", choose)
+    fast, slow, directions = both(tiny_model(architecture, pooling=pooling), 2)
+    assert_equal(fast, slow, directions)
+    assert calls == [(1 if pooling == "cls" else directions.shape[1], 3)]
+
+
+def test_weights_that_changed_are_composed_again(monkeypatch) -> None:
+    monkeypatch.setattr("xsiam.postnorm.is_cheaper", lambda *args: True)
+    model = tiny_model()
+    fast, slow, directions = both(model, 2)
+    tokens = torch.arange(3)
+    with exact_numerics(torch.device("cpu")):
+        before = fast.push_tokens(directions, tokens)
+    model[0].auto_model.encoder.layer[2].attention.output.dense.weight.data *= 1.5
+    fast, slow, directions = both(model, 2)
+    assert_equal(fast, slow, directions)
+    with exact_numerics(torch.device("cpu")):
+        assert (fast.push_tokens(directions, tokens) - before).abs().max() > 0.01
+
+
+def test_factors_pay_for_many_rows_and_tokens() -> None:
+    linear, norm = torch.nn.Linear(384, 384), torch.nn.LayerNorm(384)
+    up, down = torch.nn.Linear(384, 1536), torch.nn.Linear(1536, 384)
+    block = PostNormBlock(linear, linear, linear, linear, norm, up, torch.nn.GELU(), down, norm, 12)
+    assert is_cheaper(block, 16, 16)
+    assert not is_cheaper(block, 4, 4)
+    assert not is_cheaper(block, 1, 128)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
