@@ -9,6 +9,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import LayerNorm
 
 from xsiam import PairAttributor, SiameseEncoder
+from xsiam.attention import AttentionPoint
 from xsiam.families import AutodiffLineariser, PostNormLineariser, post_norm_lineariser
 from xsiam.jacobian import exact_numerics
 from xsiam.one_token import is_cheaper
@@ -31,6 +32,13 @@ def both(model, layer: int, truncate_dim: int | None = None, n: int = 2):
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
         return by_hand(features, points), slow(features, points), directions
+
+
+def block() -> PostNormBlock:
+    """Return a block of MiniLM's sizes."""
+    linear, norm = torch.nn.Linear(384, 384), torch.nn.LayerNorm(384)
+    up, down = torch.nn.Linear(384, 1536), torch.nn.Linear(1536, 384)
+    return PostNormBlock(linear, linear, linear, linear, norm, up, torch.nn.GELU(), down, norm, 12)
 
 
 def assert_equal(fast, slow, directions) -> None:
@@ -78,7 +86,34 @@ def test_both_ways_through_a_block_from_tokens_to_the_pooling(
     monkeypatch.setattr("xsiam.postnorm.is_cheaper", choose)
     fast, slow, directions = both(tiny_model(architecture, pooling=pooling), 2)
     assert_equal(fast, slow, directions)
-    assert calls == [(1 if pooling == "cls" else directions.shape[1], 3)]
+    length = directions.shape[1]
+    assert calls == [(1 if pooling == "cls" else length, length)]
+
+
+@pytest.mark.parametrize("contracted", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("architecture", ["mpnet", "bert"])
+def test_both_ways_to_attention_logits(
+    architecture: str, pooling: str, contracted: bool, monkeypatch
+) -> None:
+    calls = []
+
+    def choose(self, n_tangents: int) -> bool:
+        calls.append(n_tangents)
+        return contracted
+
+    monkeypatch.setattr(AttentionPoint, "_contracts", choose)
+    assert_equal(*both(tiny_model(architecture, pooling=pooling), 0))
+    assert 3 in calls
+
+
+def test_logits_are_contracted_in_short_texts() -> None:
+    def contracts(length: int, n_tangents: int) -> bool:
+        return AttentionPoint(block(), torch.zeros(1, length, 384), None)._contracts(n_tangents)
+
+    assert contracts(12, 12)
+    assert not contracts(32, 32)  # 12 heads of 32 keys: as many products as hidden dimensions
+    assert not contracts(12, 1)
 
 
 def test_weights_that_changed_are_composed_again(monkeypatch) -> None:
@@ -92,16 +127,30 @@ def test_weights_that_changed_are_composed_again(monkeypatch) -> None:
     fast, slow, directions = both(model, 2)
     assert_equal(fast, slow, directions)
     with exact_numerics(torch.device("cpu")):
-        assert (fast.push_tokens(directions, tokens) - before).abs().max() > 0.01
+        after = fast.push_tokens(directions, tokens)
+    assert (after - before).abs().max() > 0.01
+
+
+def test_composed_weights_follow_the_precision(monkeypatch) -> None:
+    monkeypatch.setattr("xsiam.postnorm.is_cheaper", lambda *args: True)
+    model, tokens = tiny_model(), torch.arange(3)
+    fast, _, directions = both(model, 2)
+    with exact_numerics(torch.device("cpu")):
+        double = fast.push_tokens(directions, tokens)
+        encoder = SiameseEncoder(model.float(), shift=False).eval()
+        features = encoder.preprocess([TEXT_A] * 2)
+        points = encoder.split.capture(features, 2) * torch.tensor([1.0, 0.7])[:, None, None]
+        lineariser = post_norm_lineariser(encoder.split, 2)
+        assert isinstance(lineariser, PostNormLineariser)
+        single = lineariser(features, points).push_tokens(directions.float(), tokens)
+    assert single.dtype == torch.float32
+    assert (single - double).abs().max() < 1e-4 * double.abs().max()
 
 
 def test_factors_pay_for_many_rows_and_tokens() -> None:
-    linear, norm = torch.nn.Linear(384, 384), torch.nn.LayerNorm(384)
-    up, down = torch.nn.Linear(384, 1536), torch.nn.Linear(1536, 384)
-    block = PostNormBlock(linear, linear, linear, linear, norm, up, torch.nn.GELU(), down, norm, 12)
-    assert is_cheaper(block, 16, 16)
-    assert not is_cheaper(block, 4, 4)
-    assert not is_cheaper(block, 1, 128)
+    assert is_cheaper(block(), 16, 16)
+    assert not is_cheaper(block(), 4, 4)
+    assert not is_cheaper(block(), 1, 128)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from xsiam.linear import linear
@@ -61,6 +62,13 @@ def push_through(projection: nn.Linear, tangents: Tensor) -> Tensor:
 def pull_through(projection: nn.Linear, cotangents: Tensor) -> Tensor:
     """Pull cotangents back through a projection: [..., out] to [..., in]."""
     return linear(cotangents, projection.weight.mT)
+
+
+def batched_linear(x: Tensor, weights: Tensor) -> Tensor:
+    """Return x_n W_nᵀ, [n, m, in] and [n, out, in] to [n, m, out]: one by one on processors."""
+    if x.is_cpu:
+        return torch.stack([linear(one, weight) for one, weight in zip(x, weights, strict=True)])
+    return torch.bmm(x, weights.mT)
 
 
 def by_head(x: Tensor, n_heads: int) -> Tensor:

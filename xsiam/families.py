@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from xsiam.jacobian import AutodiffLinearisation, Linearisation
+from xsiam.one_token import is_cheaper
 from xsiam.postnorm import Head, PostNormBlock, PostNormLinearisation
 from xsiam.split import Features, SplitModel
 
@@ -133,6 +134,8 @@ class PostNormLineariser:
         """Estimate the numbers that one tangent of one node takes at the peak."""
         block = self.blocks[0]
         width, inner = block.query.in_features, block.up.out_features
+        if self._is_factored(length):
+            return 5 * inner + 14 * width + 10 * block.n_heads * length
         attention = 8 * width + 3 * block.n_heads * length
         return length * max(attention, 3 * width + 2 * inner)
 
@@ -142,7 +145,13 @@ class PostNormLineariser:
         width, inner = block.query.in_features, block.up.out_features
         per_token = 16 * width + inner + block.n_heads * length
         transient = 2 * inner + 2 * block.n_heads * length
+        if self._is_factored(length):
+            transient += 3 * inner + 8 * width
         return length * (len(self.blocks) * per_token + transient)
+
+    def _is_factored(self, length: int) -> bool:
+        """Whether no tangent exists per position; where pooling reads one row, it is as small."""
+        return len(self.blocks) == 1 and is_cheaper(self.blocks[0], length, length)
 
     def _head(self) -> Head | None:
         rest, truncate_dim = self.split.modules[2:], self.truncate_dim

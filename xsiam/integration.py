@@ -26,6 +26,9 @@ _NOISE_UNITS = 1.0
 # Where measuring a rule costs at least this share of evaluating it, the first one is evaluated at
 # once: it does for most texts.
 _WORTH_A_TRY = 0.15
+# What the first rule may err on xsiam's own text, as a share of the tolerance: it is accepted at
+# the whole of it.
+_FIRST_SHARE = 0.5
 _CAUTION = 0.5  # how far below the tolerance a panel is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 
@@ -76,9 +79,8 @@ def first_rule(group: PathGroup, tolerance: float, max_nodes: int) -> Rule:
     """
     text = PathPanels(0, tolerance, max_nodes, [_whole(group, 0, gauss(FIRST_ORDER))])
     plan(group, [text], None)
-    if len(text.panels) == 1:
-        return text.panels[0].rule
-    return proposed_rule(text, text.root, max_nodes) or gauss(FIRST_ORDER)
+    allowed = _FIRST_SHARE * tolerance * text.scale
+    return proposed_rule(text, text.root, max_nodes, allowed) or gauss(FIRST_ORDER)
 
 
 def integrate_adaptive(
@@ -103,7 +105,7 @@ def integrate_adaptive(
         _evaluate(group, [(text, text.root) for text in texts])
         for text in texts:
             if not text.is_accepted() and not is_over(deadline):
-                text.begin(_whole(group, text.row, gauss(FIRST_ORDER)))
+                text.begin(_whole(group, text.row, first))
     plan(group, [text for text in texts if not text.is_evaluated], deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: Any shape [..., in].
-        weight: W, [out, in].
+        weight: W, [out, in], contiguous or the transpose of what is: other strides are slow.
         bias: b, [out].
     """
     kernel = _ONEDNN

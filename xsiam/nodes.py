@@ -62,16 +62,24 @@ def plan(group: PathGroup, texts: Sequence[PathPanels], deadline: float | None) 
         trials = _next_trials(group, texts)
 
 
-def proposed_rule(text: PathPanels, panel: Panel, most: int) -> Rule | None:
-    """Return the rule of fewest nodes, up to ``most``, that does on a curve through the samples."""
+def proposed_rule(
+    text: PathPanels, panel: Panel, most: int, allowed: float | None = None
+) -> Rule | None:
+    """Return the rule of fewest nodes that does on a curve through the samples, or None.
+
+    Args:
+        text: What was sampled.
+        panel: Where the rule is for.
+        most: The most nodes that it may have.
+        allowed: What it may err on the curve; None is the panel's share, with a margin.
+    """
     points, samples = _samples_in(text, panel)
     if len(points) < _FEWEST_SAMPLES or not samples.any():
         return None
-    allowed = text.share(panel)  # of a whole path: all that there is
-    curve = rational_curve(
-        points, samples, panel.increment().numpy(), max(_MISFIT_SHARE * allowed, panel.noise)
-    )
-    return _cheapest(curve, _PREDICTION_SHARE * allowed, most)
+    share = text.share(panel)
+    misfit = max(_MISFIT_SHARE * share, panel.noise)
+    curve = rational_curve(points, samples, panel.increment().numpy(), misfit)
+    return _cheapest(curve, _PREDICTION_SHARE * share if allowed is None else allowed, most)
 
 
 def sample_cost(group: PathGroup) -> float:

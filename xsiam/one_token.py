@@ -141,17 +141,18 @@ def _composed(block: PostNormBlock) -> Tensor:
     width, n_heads = block.out.in_features, block.n_heads
     probe = torch.randn(1, width, generator=torch.Generator().manual_seed(width))
     check = _up(block, push_through(block.out, probe.to(block.out.weight)))
-    known = _COMPOSED.get(block.up)
+    known = _COMPOSED.get(block.up, {}).get((check.dtype, check.device))
     if known is not None and torch.equal(known[0], check):
         return known[1]
     unit = torch.eye(width, dtype=check.dtype, device=check.device)
     matrix = _up(block, push_through(block.out, unit))  # its transpose, [D, I]
     heads = matrix.view(n_heads, width // n_heads, -1).mT.contiguous().detach()
-    _COMPOSED[block.up] = check.detach(), heads
+    _COMPOSED[block.up] = {(check.dtype, check.device): (check.detach(), heads)}
     return heads
 
 
-_COMPOSED: WeakKeyDictionary[nn.Linear, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-# What a multiplication in a thin product takes, and writing and reading a number, in units of a
-# multiplication in a large product. Measured on an AVX-512 processor.
+_Kept = dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]
+_COMPOSED: WeakKeyDictionary[nn.Linear, _Kept] = WeakKeyDictionary()
+# What a multiplication in a thin product takes, and writing and reading a number: measured on an
+# AVX-512 processor, in multiplications of a large product.
 _THIN, _HANDLED = 3, 48

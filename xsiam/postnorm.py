@@ -11,10 +11,12 @@ Written out, its tangents cost less than a forward each:
   are those of one text, and the attention logits change in one row and one column;
 * after the last block a pooling reads a weighted sum over positions. Norm₂ is linear in a tangent,
   so the sum is taken BEFORE ``Down``, and positions that pooling does not read are never computed;
-* a norm's derivative is a projection, two thin matrix products instead of a chain of passes.
+* where both are the same block, no tangent exists per position at all (:mod:`xsiam.one_token`);
+* a norm's derivative is a projection, two thin matrix products instead of a chain of passes;
+* logits of short texts take fewer products than queries and keys do (:mod:`xsiam.attention`).
 
-The reverse direction uses the same three facts transposed. :mod:`xsiam.jacobian` differentiates any
-model's own forward and is the slow twin that tests hold this module to.
+The reverse direction uses the first two facts and the norm's transposed. :mod:`xsiam.jacobian`
+differentiates any model's own forward and is the slow twin that tests hold this module to.
 """
 
 from __future__ import annotations
@@ -77,8 +79,7 @@ class PostNormLinearisation:
 
     def push_tokens(self, directions: Tensor, tokens: Tensor) -> Tensor:
         """Push the direction [n, S, D] of one token [T] at a time to [n, T, K]."""
-        n_rows = self.pooling.shape[1]
-        if len(self.attentions) == 1 and is_cheaper(self.attentions[0].block, n_rows, len(tokens)):
+        if self._is_factored:
             return self._through_head(self._only_block.push_tokens(directions, tokens))
         return self._push_rest(self.attentions[0].push_tokens(directions, tokens))
 
@@ -90,6 +91,12 @@ class PostNormLinearisation:
     def pull(self, cotangents: Tensor) -> Tensor:
         """Pull [n, C, K] back to hidden states, [n, C, S, D]."""
         return self.attentions[0].pull(self._pull_to_first(cotangents)).transpose(1, 2)
+
+    @property
+    def _is_factored(self) -> bool:
+        """Whether tangents of one token run in factors: the same for every part of the tokens."""
+        first, n_rows = self.attentions[0], self.pooling.shape[1]
+        return len(self.attentions) == 1 and is_cheaper(first.block, n_rows, first.length)
 
     @cached_property
     def _only_block(self) -> OneTokenBlock:
