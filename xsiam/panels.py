@@ -19,6 +19,8 @@ FIRST_ORDER = 8
 # error of a Gauss rule is about the square of its last coefficient, which is the difference.
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-4
+# Noise is reported as large as it may be; below this share of it nothing is ever improved.
+_SURE_NOISE = 1 / 3
 # An error up to so many times the noise, which so many bisections in a row lowered by less than
 # this factor, is noise too.
 _NEAR_NOISE = 64.0
@@ -130,7 +132,7 @@ class Panel:
         although it was close: a resolved panel's error falls by orders of magnitude.
         """
         near = error <= _NEAR_NOISE * self.noise
-        return error > self.noise and not (near and self._stalls_with(error) >= _MAX_STALLS)
+        return error > _SURE_NOISE * self.noise and not (near and self._stalls_with(error) >= _MAX_STALLS)
 
     def _stalls_with(self, error: float) -> int:
         """Count the bisections in a row that did not lower the error, up to this panel."""
