@@ -132,7 +132,9 @@ class Panel:
         although it was close: a resolved panel's error falls by orders of magnitude.
         """
         near = error <= _NEAR_NOISE * self.noise
-        return error > _SURE_NOISE * self.noise and not (near and self._stalls_with(error) >= _MAX_STALLS)
+        return error > _SURE_NOISE * self.noise and not (
+            near and self._stalls_with(error) >= _MAX_STALLS
+        )
 
     def _stalls_with(self, error: float) -> int:
         """Count the bisections in a row that did not lower the error, up to this panel."""
