@@ -109,8 +109,9 @@ class Worker:
         settings = case["settings"]
         texts_a, texts_b = make_pairs(self.encoder(case), settings.get("texts"))
         trials, memories, results, set_up = [], [], [], []
-        for _ in range(settings.get("repeats", 1)):
-            encoder = self.encoder(case, fresh=settings.get("fresh_encoder", False))
+        for number in range(settings.get("repeats", 1)):
+            fresh = settings.get("fresh_encoder", False) and number == 0  # whose memory counts
+            encoder = self.encoder(case, fresh=fresh)
             meter = Meter(self.device)
             meter.baseline()
             start = time.perf_counter()

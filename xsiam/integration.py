@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xsiam.nodes import embed_missing_ends, flatten, is_over, plan, proposed_rule, sample_cost
-from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss, scale_of
+from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss, scale_of, token_error_of
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 
@@ -256,10 +256,7 @@ def _assemble(
     scale = scale_of(delta, first.start)
     vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)
     completeness = float((vectors.sum(1) - delta).norm()) / scale
-    token = float("inf")
-    if estimated:
-        shares = [p.token_errors for p in panels if p.token_errors is not None]
-        token = (float(torch.stack(shares).sum(0).max()) + first.noise) / scale
+    token = token_error_of(panels) / scale if estimated else float("inf")
     return Integrated(
         vectors=vectors,
         delta=delta,

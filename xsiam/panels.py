@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ FIRST_ORDER = 8
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-4
 # Noise is reported as large as it may be; below this share of it nothing is ever improved.
-_SURE_NOISE = 1 / 3
+_SURE_NOISE = 1 / 4
 # An error up to so many times the noise, which so many bisections in a row lowered by less than
 # this factor, is noise too.
 _NEAR_NOISE = 64.0
@@ -40,6 +41,25 @@ def scale_of(delta: Tensor, start: Tensor | None) -> float:
     norm = float(delta.norm())
     noise = 0.0 if start is None else _RELATIVE_FLOOR * float(start.norm())
     return norm if norm > noise else 1.0
+
+
+def token_error_of(panels: Sequence[Panel]) -> float:
+    """Return the largest estimated error of a token vector along a path, rounding included.
+
+    Noise is what rounding may move an embedding by. Token vectors that are longer than the
+    embeddings, and cancel in the sum, are moved by as much more (ours).
+
+    Args:
+        panels: Those of one whole path, evaluated.
+    """
+    first, last = panels[0], panels[-1]
+    assert first.start is not None
+    assert last.end is not None
+    vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)
+    errors = torch.stack([p.token_errors for p in panels if p.token_errors is not None]).sum(0)
+    longest = torch.maximum(first.start.norm(), last.end.norm()).clamp_min(1e-300)
+    noise = first.noise * max(1.0, float(vectors.norm(dim=0).max() / longest))
+    return float(errors.max()) + noise
 
 
 @dataclass(eq=False)
@@ -253,5 +273,4 @@ class PathPanels:
 
     def token_error(self) -> float:
         """Return the largest estimated error of a token vector, rounding included."""
-        shares = [p.token_errors for p in self.panels if p.token_errors is not None]
-        return float(torch.stack(shares).sum(0).max()) + self.root.noise
+        return token_error_of(self.panels)
