@@ -116,7 +116,11 @@ def read_rows(path: Path, settings: Row) -> list[Row]:
     """Return the rows of earlier calls; refuse those of another model, data or setting."""
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # stopped while it was written
+        lines.pop()
+        replace_text(path, "".join(lines))
+    rows = [json.loads(line) for line in lines]
     for row in rows:
         for key, value in settings.items():
             if row["settings"][key] != value:

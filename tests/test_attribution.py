@@ -208,9 +208,11 @@ def test_each_distinct_text_is_integrated_once(monkeypatch: pytest.MonkeyPatch) 
     attributor = PairAttributor(encoder_of(), 2)
     attributor.attribute("the kitten", "a small red dog")
     seen: list[int] = []
-    states = attributor._states
+    states = attributor.integrator.states
     monkeypatch.setattr(
-        attributor, "_states", lambda reads: seen.append(len(reads)) or states(reads)
+        attributor.integrator,
+        "states",
+        lambda reads: seen.append(len(reads)) or states(reads),
     )
     attributor.attribute([TEXT_A, TEXT_A, TEXT_B], [TEXT_B, TEXT_A, TEXT_B])
     assert sum(seen) == 2

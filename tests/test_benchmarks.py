@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import attribution  # noqa: E402
 import cases  # noqa: E402
 import child  # noqa: E402
+import convergence  # noqa: E402
 import machine  # noqa: E402
 import peers  # noqa: E402
 import pictures  # noqa: E402
@@ -346,3 +347,51 @@ def test_the_command_line_from_end_to_end(tmp_path: Path) -> None:
     assert len(rows) == 7
     assert {row["status"] for row in rows} == {"ok"}
     assert attribution.main([*arguments, "--resume"]) == 0
+
+
+# -- nodes to tolerance -------------------------------------------------------------------------
+
+
+def test_convergence_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
+    data, folder = tmp_path / "pairs.csv", tmp_path / "rows"
+    data.write_text(f"sentence1,sentence2,score\n{TEXT_A},{TEXT_B},1\n{TEXT_B},the cat,0\n")
+    command = [
+        "--data",
+        str(data),
+        "--output",
+        str(folder),
+        "--model",
+        str(tiny_folder(tmp_path / "model")),
+    ]
+    command += ["--pairs", "2", "--batch", "2", "--tolerance", "1e-2"]
+    convergence.main([*command, "--layers", "3-2"])
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(row)["layer"] for row in rows] == [3, 3, 2, 2]  # 3 distinct texts
+    assert TEXT_A not in "".join(rows)
+    (folder / "rows.jsonl").write_text("".join(rows[:3]) + rows[3][:20])  # a torn line
+    capsys.readouterr()
+    convergence.main([*command, "--layers", "2,1"])
+    assert capsys.readouterr().out.splitlines() == [
+        "layer 2: 3 of 3",
+        "layer 1: 2 of 3",
+        "layer 1: 3 of 3",
+    ]
+    kept = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert kept[:3] == rows[:3]
+    found = [json.loads(row) for row in kept]
+    texts_of = {text: number for number, text in enumerate([TEXT_A, TEXT_B, "the cat"])}
+    encoder = SiameseEncoder.from_pretrained(str(tiny_folder(tmp_path / "model")), similarity="cos")
+    vectors = PairAttributor(encoder, 2, tolerance=1e-2).token_vectors(list(texts_of))
+    nodes = [n for row in found if row["layer"] == 2 for n in row["n_nodes"]]
+    assert nodes == [text.n_nodes for text in vectors]
+    table = (folder / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[-3:]] == ["3", "2", "1"]
+    data.write_text(f"sentence1,sentence2,score\n{TEXT_A},{TEXT_B},1\n{TEXT_A},the cat,0\n")
+    with pytest.raises(SystemExit, match="data"):
+        convergence.main([*command, "--layers", "1"])
+
+
+@pytest.mark.parametrize("layers", ["4", "a", "-1"])
+def test_wrong_layers_are_named(layers: str) -> None:
+    with pytest.raises(SystemExit, match="--layers"):
+        convergence.parse_layers(layers, 3)

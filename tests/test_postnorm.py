@@ -184,7 +184,7 @@ def test_what_is_not_a_plain_block_is_differentiated_by_pytorch() -> None:
 def test_a_formula_of_another_model_is_noticed(monkeypatch) -> None:
     encoder = SiameseEncoder(tiny_model().double(), shift=False)
     slow = PairAttributor(encoder, 1, quadrature="gauss_legendre", n_nodes=3)
-    assert slow._hand_written
+    assert slow.integrator.is_hand_written
     forward = type(encoder.split.blocks[2]).forward
     monkeypatch.setattr(
         type(encoder.split.blocks[2]),
@@ -192,7 +192,7 @@ def test_a_formula_of_another_model_is_noticed(monkeypatch) -> None:
         lambda self, hidden, *args, **kwargs: 1.1 * forward(self, hidden, *args, **kwargs),
     )
     changed = PairAttributor(encoder, 1, tolerance=1e-6)
-    assert not changed._hand_written
+    assert not changed.integrator.is_hand_written
     result = changed.attribute(TEXT_A, TEXT_B)
     assert result.converged
     assert abs(result.residual) < 1e-5

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,36 +15,19 @@ from torch import Tensor
 
 from xsiam.combination import Products, Settings, combine
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import ConvergenceWarning, InputError, ModelError
-from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
-from xsiam.integration import (
-    Integrated,
-    Pulled,
-    first_rule,
-    integrate_adaptive,
-    integrate_fixed,
-    integrate_pulled,
-)
-from xsiam.jacobian import exact_numerics
-from xsiam.memory import default_budget, format_bytes, parse_bytes
-from xsiam.modes import check_mode, is_reverse, pulled_sides
-from xsiam.paths import PathGroup
+from xsiam.errors import ConvergenceWarning, InputError
+from xsiam.integrator import TextIntegrator
+from xsiam.memory import parse_bytes
+from xsiam.modes import check_mode, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
-from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
+from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text
 from xsiam.result import PairAttribution, TokenPair
-from xsiam.split import evaluation_mode, features_to
-from xsiam.states import TextStates, text_states
 from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.vector_cache import TextKey, VectorCache
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
 
 _TEXTS_PER_GROUP = 64
-_FEATURES_AT_ONCE = 64
-_PROBE_TEXT = "A dog runs after the kitten."
-_SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
-_READ = ("text", "role", "tokens", "offsets", "special_mask", "prompt_mask")
-_INTEGRATED = ("delta", "completeness_error", "converged", "n_nodes")
 
 
 @dataclass(frozen=True)
@@ -121,7 +103,6 @@ class PairAttributor:
         self.rule = _rule(quadrature, n_nodes)
         self.max_nodes = int(_positive("max_nodes", max_nodes))
         self.time_budget = None if time_budget is None else _positive("time_budget", time_budget)
-        self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.mode = check_mode(mode)
         self.token_errors = token_errors
         self.encoder = encoder
@@ -131,8 +112,15 @@ class PairAttributor:
             self.encoder = copy.deepcopy(encoder).to(dtype)
         self.encoder.check_parity()
         self._cache = VectorCache(parse_bytes(cache_size))
-        self._hand_written = self._reproduces_embeddings()
-        self._first: Rule | None = None
+        self.integrator = TextIntegrator(
+            self.encoder,
+            layer,
+            rule=self.rule,
+            tolerance=self.tolerance,
+            max_nodes=self.max_nodes,
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            mode=self.mode,
+        )
 
     @overload
     def attribute(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
@@ -213,7 +201,7 @@ class PairAttributor:
         """Integrate the token vectors of texts; they depend on one text only."""
         check_texts(texts)
         keys = [(text, role) for text in dict.fromkeys(texts)]
-        with self._numerics():
+        with self.integrator.numerics():
             reads = self._read(keys)
             known = self._integrate(reads, self._deadline(), progress)
         _warn_unconverged(list(known.values()), self)
@@ -243,7 +231,7 @@ class PairAttributor:
             InputError: If a token position is out of range.
         """
         check_pairs([text_a], [text_b])
-        with self._numerics(), Truncations(self.encoder) as truncations:
+        with self.integrator.numerics(), Truncations(self.encoder) as truncations:
             text = {
                 "a": read_text(self.encoder, text_a, role_a, truncations),
                 "b": read_text(self.encoder, text_b, role_b, truncations),
@@ -256,8 +244,12 @@ class PairAttributor:
                         f"but got {(i, j)}. Set `token_pairs`."
                     )
             rule = fixed_rule("gauss_legendre", n_nodes)
-            left, norm_a = self._feature_vectors(text["a"], [i for i, _ in token_pairs], rule)
-            right, norm_b = self._feature_vectors(text["b"], [j for _, j in token_pairs], rule)
+            left, norm_a = self.integrator.feature_vectors(
+                text["a"], [i for i, _ in token_pairs], rule
+            )
+            right, norm_b = self.integrator.feature_vectors(
+                text["b"], [j for _, j in token_pairs], rule
+            )
         normaliser = norm_a * norm_b
         matrices = [a.T @ b / normaliser for a, b in zip(left, right, strict=True)]
         return FeatureAttribution(
@@ -270,7 +262,7 @@ class PairAttributor:
         self, pairs: Sequence[tuple[TextKey, TextKey]], progress: bool
     ) -> list[PairAttribution]:
         deadline = self._deadline()
-        with self._numerics():
+        with self.integrator.numerics():
             settings = self.settings
             reads = self._read([key for side in zip(*pairs, strict=True) for key in side])
             sides = pulled_sides(
@@ -293,7 +285,7 @@ class PairAttributor:
                 if side is None:
                     results.append(combine(known[pair[0]], known[pair[1]], settings))
                     continue
-                pulled = self._pull(reads[pair[side]], known[pair[1 - side]], deadline)
+                pulled = self.integrator.pull(reads[pair[side]], known[pair[1 - side]], deadline)
                 texts.append(pulled[0])
                 results.append(_combine_pulled(*pulled, known[pair[1 - side]], side, settings))
         _warn_unconverged(texts, self)
@@ -303,23 +295,9 @@ class PairAttributor:
         """Read distinct texts, and check that the longest fits the memory budget."""
         with Truncations(self.encoder) as truncations:
             reads = {key: read_text(self.encoder, *key, truncations) for key in dict.fromkeys(keys)}
-        if self._memory_budget is not None:
-            longest = max(reads.values(), key=lambda read: len(read.tokens))
-            self._check_budget(longest, self._memory_budget)
+        if reads:
+            self.integrator.check_budget(max(reads.values(), key=lambda read: len(read.tokens)))
         return reads
-
-    def _check_budget(self, read: ReadText, budget: int) -> None:
-        """Raise InputError where not even one tangent of one node fits the budget."""
-        length, lineariser = len(read.tokens), self._lineariser()
-        numbers = lineariser.floats_per_point(length) + lineariser.floats_per_tangent(length)
-        needed = numbers * torch.finfo(self.encoder.dtype).bits // 8
-        if needed > budget:
-            raise InputError(
-                f"Expected `memory_budget` to hold one tangent of the longest text ({length} "
-                f"tokens), which takes about {format_bytes(needed)} at layer {self.layer}, but got "
-                f"{format_bytes(budget)}. Set `attribution.memory_budget` to at least that, take a "
-                "higher layer, or shorten the text."
-            )
 
     def _integrate(
         self, reads: Mapping[TextKey, ReadText], deadline: float | None, progress: bool
@@ -337,184 +315,15 @@ class PairAttributor:
             for k in range(0, len(members), _TEXTS_PER_GROUP)
         ]
         for chunk in _tracked(chunks, len(reads) - len(results), progress):
-            some = [reads[key] for key in chunk]
-            states = self._states(some)
-            paths = self._paths(some, states, deadline)
-            for number, (key, path) in enumerate(zip(chunk, paths, strict=True)):
-                results[key] = TokenVectors(
-                    **self._facts(some[number], states, number, path),
-                    token_error=path.token_error,
-                    vectors=path.vectors,
-                )
-                if path.converged or deadline is None:
-                    self._cache.put(fingerprint, key, results[key])
+            vectors = self.integrator.integrate([reads[key] for key in chunk], deadline)
+            for key, text in zip(chunk, vectors, strict=True):
+                results[key] = text
+                if text.converged or deadline is None:
+                    self._cache.put(fingerprint, key, text)
         return results
-
-    def _paths(
-        self, reads: Sequence[ReadText], states: TextStates, deadline: float | None
-    ) -> list[Integrated]:
-        group = self._group(reads, states)
-        if self.rule is not None:
-            return integrate_fixed(group, self.rule, self.tolerance)
-        first = self._first_rule()
-        return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline, first)
-
-    def _first_rule(self) -> Rule:
-        """Return the nodes that a text of ours needs, the same whatever was attributed before."""
-        if self._first is None:
-            read = read_text(self.encoder, _PROBE_TEXT, None, Truncations(self.encoder))
-            group = self._group([read], self._states([read]))
-            self._first = first_rule(group, self.tolerance, self.max_nodes)
-        return self._first
-
-    def _pull(
-        self, read: ReadText, other: TokenVectors, deadline: float | None
-    ) -> tuple[AttributedText, Tensor]:
-        """Pull the other text's token vectors and reference through one text.
-
-        Returns:
-            What is known of the text, and the inner products [S_other + 1, S]: with the other
-            text's token vectors, and last with ẽ(r) of it.
-        """
-        cotangents = torch.cat([other.vectors.T, other.reference_embedding[None]])
-        states = self._states([read])
-        pulled = integrate_pulled(
-            self._group([read], states),
-            cotangents,
-            self.rule,
-            self.tolerance,
-            self.max_nodes,
-            deadline,
-            self._first_rule() if self.rule is None else None,
-        )
-        facts = self._facts(read, states, 0, pulled) | {"token_error": float("nan")}
-        return AttributedText(**facts), pulled.products
-
-    def _lineariser(self) -> Lineariser:
-        split, truncate_dim = self.encoder.split, self.encoder.model.truncate_dim
-        if self._hand_written:
-            found = post_norm_lineariser(split, self.layer, truncate_dim)
-            if not isinstance(found, str):
-                return found
-        return AutodiffLineariser(split, self.layer, truncate_dim)
-
-    def _reproduces_embeddings(self) -> bool:
-        """Whether derivatives by hand belong to this very model: their embeddings must be its own.
-
-        What cannot be checked so, its derivatives, shows in the completeness error of every text.
-        """
-        found = post_norm_lineariser(
-            self.encoder.split, self.layer, self.encoder.model.truncate_dim
-        )
-        if isinstance(found, str):
-            return False
-        with self._numerics():
-            features = features_to(
-                self.encoder.preprocess_with(Truncations(self.encoder), [_PROBE_TEXT], None),
-                self.encoder.device,
-            )
-            hidden = self.encoder.split.capture(features, self.layer)
-            own = self.encoder.split.embed(features)[:, : self.encoder.model.truncate_dim]
-            ours = found(features, hidden).total(hidden)[0]
-        return bool((ours - own).norm() <= _SAME_EMBEDDING * own.norm())
-
-    def _states(self, reads: Sequence[ReadText]) -> TextStates:
-        """Run texts of one length through the model; raise ModelError where that is not finite."""
-        split = self.encoder.split
-        states = text_states(
-            split,
-            self.encoder.reference,
-            self.layer,
-            stack_features([read.features for read in reads]),
-            together=self._hand_written,
-        )
-        both = {
-            "texts": (states.hidden, states.embedding),
-            "references": (states.start, states.reference_embedding),
-        }
-        for name, (hidden, embedding) in both.items():
-            finite = hidden.isfinite().flatten(1).all(dim=1) & embedding.isfinite().all(dim=1)
-            if not finite.all():
-                bad = reads[int((~finite).nonzero()[0])]
-                split.check_finite(bad.features, [bad.text])
-                raise ModelError(
-                    f"Expected finite hidden states, but those of the {name} at layer {self.layer} "
-                    f"are not for {bad.text!r}. Check the model's weights."
-                )
-        return states
-
-    def _group(self, reads: Sequence[ReadText], states: TextStates) -> PathGroup:
-        kept = slice(self.encoder.model.truncate_dim)
-        return PathGroup(
-            lineariser=self._lineariser(),
-            features=stack_features([read.features for read in reads]),
-            start=states.start,
-            direction=states.hidden - states.start,
-            start_embeddings=states.reference_embedding[:, kept].double().cpu(),
-            end_embeddings=states.embedding[:, kept].double().cpu(),
-            budget=self._memory_budget or default_budget(self.encoder.device),
-            noise=states.noise,
-            reverse=is_reverse(self.mode, states.start.shape[1], self.encoder.embedding_dim),
-        )
-
-    def _facts(
-        self, read: ReadText, states: TextStates, number: int, path: Integrated | Pulled
-    ) -> dict[str, Any]:
-        """Return what a result says of a text, the ``number``-th of some states."""
-        facts = {name: getattr(read, name) for name in _READ}
-        facts |= {name: getattr(path, name) for name in _INTEGRATED}
-        embedding = states.embedding[[number]]
-        reference = path.reference_embedding
-        if self.encoder.shift:
-            embedding = embedding - states.reference_embedding[[number]]
-            reference = torch.zeros_like(reference)
-        parts = self.encoder.parts_of(embedding)
-        return facts | {
-            "norm": float(parts.norm[0]),
-            "embedding": parts.embedding[0].double().cpu(),
-            "reference_embedding": reference,
-        }
 
     def _deadline(self) -> float | None:
         return None if self.time_budget is None else time.monotonic() + self.time_budget
-
-    def _feature_vectors(
-        self, read: ReadText, tokens: Sequence[int], rule: Rule
-    ) -> tuple[Tensor, float]:
-        """Integrate the derivatives of every feature of some tokens by reverse mode.
-
-        Returns:
-            [T, K, D], and the norm that the model divides by.
-        """
-        states = self._states([read])
-        group = self._group([read], states)
-        n_dimensions = self.encoder.embedding_dim
-        unit = torch.eye(n_dimensions, dtype=group.start.dtype, device=group.start.device)
-        where = torch.tensor(tokens, device=group.start.device)
-        total: Tensor | None = None
-        for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            linearised = group.at(torch.zeros(1, dtype=torch.long), node[None])
-            parts = [
-                linearised.pull(some[None])[0][:, where]
-                for some in torch.split(unit, _FEATURES_AT_ONCE)
-            ]
-            pulled = torch.cat(parts) * group.direction[0, where]  # [K, T, D]
-            part = pulled.transpose(0, 1).double().cpu() * weight
-            total = part if total is None else total + part
-        assert total is not None
-        embedding = states.embedding
-        if self.encoder.shift:
-            embedding = embedding - states.reference_embedding
-        return total, float(self.encoder.parts_of(embedding).norm[0])
-
-    @contextmanager
-    def _numerics(self) -> Iterator[None]:
-        with (
-            exact_numerics(self.encoder.device),
-            evaluation_mode(self.encoder),
-            self.encoder.weights_held(),
-        ):
-            yield
 
 
 def _rule(quadrature: str, n_nodes: int | None) -> Rule | None:

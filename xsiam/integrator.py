@@ -1,0 +1,268 @@
+"""Integrate the token vectors of texts, of one encoder at one layer, a batch at a time.
+
+A text depends on no other: :mod:`xsiam.attribution` joins two of them to a pair, keeps what is
+known across calls and says what did not converge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import InputError, ModelError
+from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
+from xsiam.integration import (
+    Integrated,
+    Pulled,
+    first_rule,
+    integrate_adaptive,
+    integrate_fixed,
+    integrate_pulled,
+)
+from xsiam.jacobian import exact_numerics
+from xsiam.memory import default_budget, format_bytes
+from xsiam.modes import is_reverse
+from xsiam.paths import PathGroup
+from xsiam.quadrature import Rule
+from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
+from xsiam.split import evaluation_mode, features_to
+from xsiam.states import TextStates, text_states
+from xsiam.texts import Truncations
+
+_FEATURES_AT_ONCE = 64
+_PROBE_TEXT = "A dog runs after the kitten."
+_SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
+_READ = ("text", "role", "tokens", "offsets", "special_mask", "prompt_mask")
+_INTEGRATED = ("delta", "completeness_error", "converged", "n_nodes")
+
+
+class TextIntegrator:
+    """Integrates texts of one encoder at one layer.
+
+    Args:
+        encoder: The model, in the type to compute in; its own scores must have been reproduced.
+        layer: 0 … L.
+        rule: A fixed rule, or None for the adaptive one.
+        tolerance: Bound on the errors of a text, relative to |Δ|.
+        max_nodes: Most nodes per text of the adaptive rule.
+        memory_budget: Bytes that an evaluation may take beyond the model, or None.
+        mode: As of :class:`xsiam.PairAttributor`.
+    """
+
+    def __init__(
+        self,
+        encoder: SiameseEncoder,
+        layer: int,
+        *,
+        rule: Rule | None,
+        tolerance: float,
+        max_nodes: int,
+        memory_budget: int | None,
+        mode: str,
+    ) -> None:
+        self.encoder = encoder
+        self.layer = layer
+        self.rule = rule
+        self.tolerance = tolerance
+        self.max_nodes = max_nodes
+        self.memory_budget = memory_budget
+        self.mode = mode
+        self.is_hand_written = self._reproduces_embeddings()
+
+    @contextmanager
+    def numerics(self) -> Iterator[None]:
+        """Within this context the model is in evaluation mode, its weights and kernels are held."""
+        with (
+            exact_numerics(self.encoder.device),
+            evaluation_mode(self.encoder),
+            self.encoder.weights_held(),
+        ):
+            yield
+
+    def integrate(self, reads: Sequence[ReadText], deadline: float | None) -> list[TokenVectors]:
+        """Return the token vectors of texts of one length."""
+        states = self.states(reads)
+        paths = self._paths(self._group(reads, states), deadline)
+        return [
+            TokenVectors(
+                **self._facts(read, states, number, path),
+                token_error=path.token_error,
+                vectors=path.vectors,
+            )
+            for number, (read, path) in enumerate(zip(reads, paths, strict=True))
+        ]
+
+    def pull(
+        self, read: ReadText, other: TokenVectors, deadline: float | None
+    ) -> tuple[AttributedText, Tensor]:
+        """Pull the other text's token vectors and reference through one text.
+
+        Returns:
+            What is known of the text, and the inner products [S_other + 1, S]: with the other
+            text's token vectors, and last with ẽ(r) of it.
+        """
+        cotangents = torch.cat([other.vectors.T, other.reference_embedding[None]])
+        states = self.states([read])
+        pulled = integrate_pulled(
+            self._group([read], states),
+            cotangents,
+            self.rule,
+            self.tolerance,
+            self.max_nodes,
+            deadline,
+            self._first_rule if self.rule is None else None,
+        )
+        facts = self._facts(read, states, 0, pulled) | {"token_error": float("nan")}
+        return AttributedText(**facts), pulled.products
+
+    def feature_vectors(
+        self, read: ReadText, tokens: Sequence[int], rule: Rule
+    ) -> tuple[Tensor, float]:
+        """Integrate the derivatives of every feature of some tokens by reverse mode.
+
+        Returns:
+            [T, K, D], and the norm that the model divides by.
+        """
+        states = self.states([read])
+        group = self._group([read], states)
+        n_dimensions = self.encoder.embedding_dim
+        unit = torch.eye(n_dimensions, dtype=group.start.dtype, device=group.start.device)
+        where = torch.tensor(tokens, device=group.start.device)
+        total: Tensor | None = None
+        for node, weight in zip(rule.nodes, rule.weights, strict=True):
+            linearised = group.at(torch.zeros(1, dtype=torch.long), node[None])
+            parts = [
+                linearised.pull(some[None])[0][:, where]
+                for some in torch.split(unit, _FEATURES_AT_ONCE)
+            ]
+            pulled = torch.cat(parts) * group.direction[0, where]  # [K, T, D]
+            part = pulled.transpose(0, 1).double().cpu() * weight
+            total = part if total is None else total + part
+        assert total is not None
+        embedding = states.embedding
+        if self.encoder.shift:
+            embedding = embedding - states.reference_embedding
+        return total, float(self.encoder.parts_of(embedding).norm[0])
+
+    def check_budget(self, read: ReadText) -> None:
+        """Raise InputError where not even one tangent of one node fits the memory budget."""
+        budget = self.memory_budget
+        if budget is None:
+            return
+        length, lineariser = len(read.tokens), self._lineariser
+        numbers = lineariser.floats_per_point(length) + lineariser.floats_per_tangent(length)
+        needed = numbers * torch.finfo(self.encoder.dtype).bits // 8
+        if needed > budget:
+            raise InputError(
+                f"Expected `memory_budget` to hold one tangent of the longest text ({length} "
+                f"tokens), which takes about {format_bytes(needed)} at layer {self.layer}, but got "
+                f"{format_bytes(budget)}. Set `attribution.memory_budget` to at least that, take a "
+                "higher layer, or shorten the text."
+            )
+
+    def states(self, reads: Sequence[ReadText]) -> TextStates:
+        """Run texts of one length through the model; raise ModelError where that is not finite."""
+        split = self.encoder.split
+        states = text_states(
+            split,
+            self.encoder.reference,
+            self.layer,
+            stack_features([read.features for read in reads]),
+            together=self.is_hand_written,
+        )
+        both = {
+            "texts": (states.hidden, states.embedding),
+            "references": (states.start, states.reference_embedding),
+        }
+        for name, (hidden, embedding) in both.items():
+            finite = hidden.isfinite().flatten(1).all(dim=1) & embedding.isfinite().all(dim=1)
+            if not finite.all():
+                bad = reads[int((~finite).nonzero()[0])]
+                split.check_finite(bad.features, [bad.text])
+                raise ModelError(
+                    f"Expected finite hidden states, but those of the {name} at layer {self.layer} "
+                    f"are not for {bad.text!r}. Check the model's weights."
+                )
+        return states
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _paths(self, group: PathGroup, deadline: float | None) -> list[Integrated]:
+        if self.rule is not None:
+            return integrate_fixed(group, self.rule, self.tolerance)
+        first = self._first_rule
+        return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline, first)
+
+    @cached_property
+    def _first_rule(self) -> Rule:
+        """The nodes that a text of ours needs, the same whatever was integrated before."""
+        read = read_text(self.encoder, _PROBE_TEXT, None, Truncations(self.encoder))
+        group = self._group([read], self.states([read]))
+        return first_rule(group, self.tolerance, self.max_nodes)
+
+    @property
+    def _lineariser(self) -> Lineariser:
+        split, truncate_dim = self.encoder.split, self.encoder.model.truncate_dim
+        if self.is_hand_written:
+            found = post_norm_lineariser(split, self.layer, truncate_dim)
+            if not isinstance(found, str):
+                return found
+        return AutodiffLineariser(split, self.layer, truncate_dim)
+
+    def _reproduces_embeddings(self) -> bool:
+        """Whether derivatives by hand belong to this very model: their embeddings must be its own.
+
+        What cannot be checked so, its derivatives, shows in the completeness error of every text.
+        """
+        found = post_norm_lineariser(
+            self.encoder.split, self.layer, self.encoder.model.truncate_dim
+        )
+        if isinstance(found, str):
+            return False
+        with self.numerics():
+            features = features_to(
+                self.encoder.preprocess_with(Truncations(self.encoder), [_PROBE_TEXT], None),
+                self.encoder.device,
+            )
+            hidden = self.encoder.split.capture(features, self.layer)
+            own = self.encoder.split.embed(features)[:, : self.encoder.model.truncate_dim]
+            ours = found(features, hidden).total(hidden)[0]
+        return bool((ours - own).norm() <= _SAME_EMBEDDING * own.norm())
+
+    def _group(self, reads: Sequence[ReadText], states: TextStates) -> PathGroup:
+        kept = slice(self.encoder.model.truncate_dim)
+        return PathGroup(
+            lineariser=self._lineariser,
+            features=stack_features([read.features for read in reads]),
+            start=states.start,
+            direction=states.hidden - states.start,
+            start_embeddings=states.reference_embedding[:, kept].double().cpu(),
+            end_embeddings=states.embedding[:, kept].double().cpu(),
+            budget=self.memory_budget or default_budget(self.encoder.device),
+            noise=states.noise,
+            reverse=is_reverse(self.mode, states.start.shape[1], self.encoder.embedding_dim),
+        )
+
+    def _facts(
+        self, read: ReadText, states: TextStates, number: int, path: Integrated | Pulled
+    ) -> dict[str, Any]:
+        """Return what a result says of a text, the ``number``-th of some states."""
+        facts = {name: getattr(read, name) for name in _READ}
+        facts |= {name: getattr(path, name) for name in _INTEGRATED}
+        embedding = states.embedding[[number]]
+        reference = path.reference_embedding
+        if self.encoder.shift:
+            embedding = embedding - states.reference_embedding[[number]]
+            reference = torch.zeros_like(reference)
+        parts = self.encoder.parts_of(embedding)
+        return facts | {
+            "norm": float(parts.norm[0]),
+            "embedding": parts.embedding[0].double().cpu(),
+            "reference_embedding": reference,
+        }
