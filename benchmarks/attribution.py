@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--mpnet-layers", type=int, nargs="*", help="held against others (10 9)")
     add("--make-environments", type=Path, metavar="FOLDER", help="make peers' environments there")
     add("--environments", type=Path, metavar="FOLDER", help="peers' environments, made before")
+    add("--skip-peer-defaults", action="store_true", help="peers with N of --nodes only")
     add("--xsbert-python", type=Path, help="interpreter that can run the reference code")
     add("--xsbert-source", type=Path, help="folder of the reference code (holds xsbert/)")
     return parser.parse_args(arguments)
@@ -193,6 +194,7 @@ def make_plan(options: argparse.Namespace, depth: dict[str, int], peers: tuple[s
         all_layers=every,
         environments=peers,
         chunk=64 if options.device.startswith("cuda") else 16,
+        peer_defaults=not options.skip_peer_defaults,
     )
     if options.quick:
         plan = dataclasses.replace(

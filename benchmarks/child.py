@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from machine import count_flops, facts, matmul_peak
+from machine import count_flops, facts, matmul_peak, time_by_kind
 from measuring import Meter, touch
 from published import published_attribution
 from texts import demo_pair, make_pairs, warm_up_pair
@@ -139,7 +139,9 @@ class Worker:
         """Count a call's operations, and measure the machine's speed at once after the timing."""
         attributor = make_attributor(self.encoder(case), case)
         flops = count_flops(lambda: attributor.attribute(texts_a, texts_b))
-        return {"flops": flops, "peak_flops": matmul_peak(self.device)}
+        attributor = make_attributor(self.encoder(case), case)
+        shares = time_by_kind(lambda: attributor.attribute(texts_a, texts_b))
+        return {"flops": flops, "peak_flops": matmul_peak(self.device), "time": shares}
 
 
 def make_attributor(encoder: SiameseEncoder, case: Row) -> PairAttributor:

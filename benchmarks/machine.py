@@ -19,6 +19,10 @@ _PEAK_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 _PEAK_TRIALS = 4
 # What one run must share with the run it resumes: figures of two machines do not mix.
 SAME = ("processor", "threads", "torch", "device")
+_KINDS = {
+    "products": ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "_linear_pointwise"),
+    "copies": ("copy", "cat", "clone", "index_add", "index_put", "stack", "_to_copy", "index"),
+}
 
 
 def facts(device: str, *, peak: bool = True) -> dict[str, Any]:
@@ -75,6 +79,24 @@ def count_flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def time_by_kind(call: Callable[[], Any]) -> dict[str, float]:
+    """Return the shares of the operators' own time that ``call`` spends on each kind of them.
+
+    Kinds are matrix products, copies (layouts, concatenations, conversions) and all else, which is
+    mostly element-wise work. Time between operators, Python's, is the rest of a call and in none.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+    totals = dict.fromkeys((*_KINDS, "elementwise"), 0.0)
+    for event in profiler.key_averages():
+        name = event.key.rpartition("::")[2].rstrip("_")
+        kind = next((kind for kind, names in _KINDS.items() if name in names), "elementwise")
+        totals[kind] += event.self_cpu_time_total / 1e6 / seconds
+    return totals
+
+
 def _attention_flops(
     query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -83,14 +105,21 @@ def _attention_flops(
     return int(2 * n * heads * length * key[2] * (size + value[3]))
 
 
+def _baddbmm_flops(added: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    """Operations of a batched product that is added in place, from [n, m, k] and [n, k, p]."""
+    return 2 * math.prod(left) * int(right[2])
+
+
 def _linear_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Operations of x Wᵀ, from shapes [..., in] and [out, in]."""
     return 2 * math.prod(x) * int(weight[0])
 
 
-# The formulas that FlopCounterMode lacks: fused attention and oneDNN's product on the processor.
+# The formulas that FlopCounterMode lacks: fused attention, products that are added in place, and
+# oneDNN's product on the processor.
 _PROCESSOR_KERNELS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.baddbmm_: _baddbmm_flops,
 }
 if torch.backends.mkldnn.is_available():
     _PROCESSOR_KERNELS[torch.ops.mkldnn._linear_pointwise] = _linear_flops

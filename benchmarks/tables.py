@@ -42,21 +42,27 @@ def _derived(row: Row, results: Results) -> Row:
     if "flops" in row:
         speed = row["flops"] / row["seconds"]
         added |= {"speed": speed, "share_of_peak": speed / row["peak_flops"]}
+    if "time" in row:
+        added |= {f"time_{kind}": share for kind, share in row["time"].items()}
+        added["share_within"] = added["share_of_peak"] / row["time"]["products"]
     return added
 
 
 def _fastest(row: Row, name: str, results: Results) -> float | None:
-    """Seconds of the published procedure, or of a peer at its own default, on the same layer."""
+    """Seconds of the published procedure or of a peer on the same layer.
+
+    A peer counts at its own default number of nodes where that was run, else at the one that was.
+    """
     found = [
-        other["seconds"]
+        (other["settings"].get("default", True), other["seconds"])
         for other in results.rows.values()
         if other["status"] == "ok"
         and other["section"] in ("published", "peers")
         and (other["model"], other["layer"]) == (row["model"], row["layer"])
         and other["method"].startswith(name)
-        and (name == "published" or other["settings"]["default"])
     ]
-    return min(found, default=None)
+    by_default = any(is_default for is_default, _ in found)
+    return min((seconds for own, seconds in found if own == by_default), default=None)
 
 
 def _matrix(row: Row, results: Results) -> np.ndarray[Any, Any] | None:
@@ -187,6 +193,10 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         ("GFLOP/s", _plain("speed", "{:.0f}", 1e-9)),
         ("peak GFLOP/s", _plain("peak_flops", "{:.0f}", 1e-9)),
         ("share", _plain("share_of_peak", "{:.0%}")),
+        ("time in products", _plain("time_products", "{:.0%}")),
+        ("copies", _plain("time_copies", "{:.0%}")),
+        ("element-wise", _plain("time_elementwise", "{:.0%}")),
+        ("share within products", _plain("share_within", "{:.0%}")),
         _END,
     ),
     "length": (*_MODEL, _METHOD, _CASE, _SECONDS, _MEMORY, _NODES, _ERROR, _CONVERGED, _END),
@@ -239,7 +249,9 @@ _TITLES = {
     "is compared, entry by entry, with the published procedure above.\n",
     "memory": "## Memory of long texts\n",
     "peak": "## Share of the machine's matrix product speed\n\n"
-    "Operations of all matrix products of a call, over its seconds.\n",
+    "Operations of all matrix products of a call, over its seconds; where its time goes, from a "
+    "profiled call; and the share of the machine's speed within the products alone. Right below "
+    "the last block (layer L - 1) derivatives run in factors: fewer operations, thinner ones.\n",
     "length": "## Scaling with length\n\nTwo texts of that many tokens.\n",
     "pairs": "## Scaling with the number of pairs\n",
     "layers": "## Scaling with the layer\n",

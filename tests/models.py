@@ -87,6 +87,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT_A = "the small dog chases a cat in the garden ."
 TEXT_B = "a cat is chased by the dog outside ."
 TEXTS = (TEXT_A, TEXT_B, "dog", "the big red house is not in the yard and the kitten sleeps")
+REFERENCE_NAMES = ("mask", "pad", "uniform", "unk")
+"""References that need nothing but a model; test_references.py has the tests of all."""
 _QWEN_VOCABULARY = 400
 
 

@@ -46,7 +46,6 @@ from xsiam.attribution import PairAttributor, TokenVectors
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, ModelError
 from xsiam.jacobian import exact_numerics, token_derivatives
-from xsiam.references import REFERENCES
 from xsiam.split import SplitModel, evaluation_mode
 
 EVERY = ARCHITECTURES + MORE_ARCHITECTURES
@@ -147,7 +146,7 @@ def test_local_layers_are_local() -> None:
         with evaluation_mode(split.model), torch.no_grad():
             own = split.capture(features, layer)
             changed = own.clone()
-            changed[:, 0] += 1
+            changed[:, 0] = changed[:, 0].flip(-1)  # norms would take a constant out again
             states = []
             for hidden in (own, changed):
                 with split._intercepted(layer, hidden, watch=(None, states.append)):
@@ -255,7 +254,7 @@ def test_float32_meets_the_default_tolerance(architecture: str) -> None:
 # -- references ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", sorted(REFERENCES))
+@pytest.mark.parametrize("reference", ["pad", "uniform"])
 @pytest.mark.parametrize("architecture", EVERY)
 def test_paths_start_at_the_reference_at_every_layer(architecture: str, reference: str) -> None:
     encoder = encoder_of(architecture, reference=reference)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from models import TEXT_A, TEXT_B, tiny_folder
+from sentence_transformers import SentenceTransformer
 
 from xsiam.cli import main
 from xsiam.encoder import SiameseEncoder
@@ -175,3 +176,35 @@ def test_user_errors_about_an_index(model: str, texts: Path, tmp_path: Path, cap
         assert message in error
     with pytest.raises(ValueError, match="line 2 is empty"):
         main([*cases["line 2 is empty"], "--debug"])
+
+
+def test_a_reference_is_fitted_and_folded(model: str, tmp_path: Path, capsys) -> None:
+    output, texts = tmp_path / "exact", tmp_path / "texts.txt"
+    texts.write_text(f"{TEXT_A}\n{TEXT_B}\ndog\nthe kitten sleeps\n")
+    command = ["fit-reference", "--model", model, "--output", str(output)]
+    assert main(command) == 0
+    assert "change of scores: unknown" in capsys.readouterr().out
+    assert main([*command, "--texts", str(texts)]) == 0
+    assert "root mean square, 4 texts" in capsys.readouterr().out
+    plain = SentenceTransformer(str(output))
+    exact = SiameseEncoder.from_pretrained(output)
+    assert exact.shift
+    assert exact.reference.name == "fitted"
+    ours = exact.encode([TEXT_A, TEXT_B])
+    theirs = plain.encode([TEXT_A, TEXT_B], convert_to_tensor=True)
+    assert (ours - theirs).abs().max() < 1e-6
+    assert main(["explain", "dog", "cat", "--model", str(output), "--layer", "2"]) == 0
+    assert "fitted:" in capsys.readouterr().out
+
+
+def test_an_index_with_a_fitted_reference_takes_the_same_one(
+    model: str, tmp_path: Path, capsys
+) -> None:
+    texts, folder = tmp_path / "texts.txt", str(tmp_path / "index")
+    texts.write_text(f"{TEXT_A}\n{TEXT_B}\n")
+    build = ["index", "build", "--model", model, "--layer", "2", "--texts", str(texts)]
+    assert main([*build, "--output", folder, "--reference", "fitted"]) == 0
+    assert (
+        main(["index", "explain", "dog", "--index", folder, "--model", model, "--docs", "0"]) == 0
+    )
+    assert f"text 0: {TEXT_A}" in capsys.readouterr().out

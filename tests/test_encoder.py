@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import ARCHITECTURES, TEXTS, tiny_model, tokenizer
+from models import ARCHITECTURES, REFERENCE_NAMES, TEXTS, tiny_model, tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
@@ -14,7 +14,6 @@ from torch import nn
 
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError, TruncationWarning
-from xsiam.references import REFERENCES
 
 PARITY = 1e-5  # worst measured 5e-7
 BATCH = 1e-12  # relative to the norm, in float64; worst measured 3e-15
@@ -71,7 +70,7 @@ def test_unshifted_embeddings_are_the_models_own(model: SentenceTransformer) -> 
     assert (ours - theirs).abs().max() <= PARITY * theirs.abs().max()
 
 
-@pytest.mark.parametrize("reference", sorted(REFERENCES))
+@pytest.mark.parametrize("reference", REFERENCE_NAMES)
 def test_an_embedding_depends_on_no_other_text(model: SentenceTransformer, reference: str) -> None:
     encoder = SiameseEncoder(model.double(), reference=reference)
     words = [
@@ -108,7 +107,7 @@ def test_an_embedding_depends_on_no_other_text(model: SentenceTransformer, refer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("reference", sorted(REFERENCES))
+@pytest.mark.parametrize("reference", REFERENCE_NAMES)
 def test_the_reference_itself_embeds_to_zero(architecture: str, reference: str) -> None:
     encoder = SiameseEncoder(tiny_model(architecture), reference=reference)
     features = encoder.preprocess([TEXTS[0]])
@@ -160,7 +159,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
-@pytest.mark.parametrize("reference", sorted(REFERENCES))
+@pytest.mark.parametrize("reference", REFERENCE_NAMES)
 def test_the_reference_cache_notices_changed_weights(change: str, reference: str) -> None:
     model = tiny_model()
     encoder = SiameseEncoder(model, reference=reference)
@@ -237,7 +236,7 @@ def test_unknown_names_are_listed() -> None:
         InputError, match=r"\['query', 'document', 'plain'\] or None, but got 'qury'"
     ):
         encoder.encode("dog", role="qury")
-    with pytest.raises(InputError, match=r"\['pad', 'uniform'\], but got 'zero'"):
+    with pytest.raises(InputError, match=r"'pad', .*'uniform', .*\], but got 'zero'"):
         SiameseEncoder(tiny_model(), reference="zero")
     with pytest.raises(InputError, match=r"'cos' or 'dot', but got 'euclid'"):
         SiameseEncoder(tiny_model(), similarity="euclid")

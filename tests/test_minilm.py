@@ -100,6 +100,7 @@ def test_scores_are_sentence_transformers_own(unmodified: SiameseEncoder, texts)
 
 def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XSIAM_CACHE", str(tmp_path))
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) >= 2

@@ -81,7 +81,8 @@ def test_the_planner_pulls_through_long_texts_that_serve_one_pair() -> None:
     assert cached == [None, 0, None]
     twice = pulled_sides([*pairs, ("c", "a")], mode="auto", token_errors=False, **plan)
     assert twice == [None, 0, None, None]
-    assert [is_reverse("auto", length, 384) for length in (12, 400, 512)] == [False, False, True]
+    assert [is_reverse("auto", length, 384) for length in (12, 512, 1024)] == [False, False, True]
+    assert not is_reverse("auto", 1024, 384, factored=True)
 
 
 def test_token_vectors_are_kept_until_the_weights_change(monkeypatch) -> None:
@@ -92,7 +93,9 @@ def test_token_vectors_are_kept_until_the_weights_change(monkeypatch) -> None:
     monkeypatch.setattr(
         PathGroup,
         "token_sums",
-        lambda self, *args: (evaluated.append(self.size), sums(self, *args))[1],
+        lambda self, *args, **options: (evaluated.append(self.size), sums(self, *args, **options))[
+            1
+        ],
     )
     first = attributor.attribute(TEXT_A, TEXT_B)
     n_first = len(evaluated)

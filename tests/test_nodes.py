@@ -79,7 +79,7 @@ def test_mapped_nodes_integrate_a_peak_with_a_fraction_of_the_nodes() -> None:
 class Peaked:
     """Paths of one text whose token derivatives have a narrow peak, as far as plans look."""
 
-    size, reverse = 1, False
+    size, reverse, rounding = 1, False, None
     start = torch.zeros(1, 1, 2, dtype=torch.float64)
     noise = torch.zeros(1, dtype=torch.float64)
 
@@ -104,7 +104,7 @@ class Peaked:
             ]
         )
 
-    def token_sums(self, rows, alphas, weights, panels):
+    def token_sums(self, rows, alphas, weights, panels, rounded=False):
         self.n_evaluated += len(alphas)
         values = torch.from_numpy(peak(alphas.numpy()))[..., None] * self.shares  # [n, 3, S]
         n_panels = int(panels.max()) + 1

@@ -21,6 +21,7 @@ from xsiam.errors import CheckpointError
 from xsiam.model_folders import ResolvedModel, read_json
 from xsiam.modules import ReferenceShift
 from xsiam.pretrained import load_sentence_transformer, resolve
+from xsiam.references import REFERENCES, AbstractReference, get_reference
 from xsiam.split import evaluation_mode
 
 FORMAT_VERSION = 1
@@ -57,12 +58,15 @@ def load_encoder(
         "reference": reference,
         "normalize": normalize,
     }
+    saved = _saved_reference(settings)
     settings |= {key: value for key, value in given.items() if value is not None}
+    if saved is None or reference not in (None, saved.name):
+        saved = get_reference(settings.get("reference") or "pad")
     return SiameseEncoder(
         model,
         similarity=settings.get("similarity"),
-        shift=True if settings.get("shift") is None else bool(settings["shift"]),
-        reference=settings.get("reference") or "pad",
+        shift=saved.can_shift if settings.get("shift") is None else bool(settings["shift"]),
+        reference=saved,
         normalize=settings.get("normalize"),
     )
 
@@ -179,8 +183,24 @@ def _settings_of(encoder: SiameseEncoder) -> dict[str, Any]:
         "similarity": encoder.similarity,
         "shift": encoder.shift,
         "reference": encoder.reference.name,
+        "reference_state": encoder.reference.state(encoder.split, encoder._probe_features()),
         "normalize": encoder.normalize,
     }
+
+
+def _saved_reference(
+    settings: Mapping[str, Any], *, verified: bool = True
+) -> AbstractReference | None:
+    """Return the reference that was saved with a model, or None where its name says all.
+
+    With ``verified`` a vector is refused later where the weights are not those it was saved with.
+    """
+    state = settings.get("reference_state")
+    if not state:
+        return None
+    if not verified:
+        state = {**state, "embedding": None}
+    return REFERENCES[settings["reference"]].from_state(state)
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -201,8 +221,7 @@ def _take_out_shift(model: SentenceTransformer, settings: dict[str, Any]) -> dic
     if isinstance(module, ReferenceShift):
         del model[index]
         return settings
-    untouched = isinstance(module, Dense) and _is_fold_of(model, index, settings["reference"])
-    if untouched:
+    if isinstance(module, Dense) and _is_fold_of(model, index, settings):
         del model[index]
         return settings
     warnings.warn(
@@ -213,10 +232,10 @@ def _take_out_shift(model: SentenceTransformer, settings: dict[str, Any]) -> dic
         UserWarning,
         stacklevel=4,
     )
-    return {**settings, "shift": False}
+    return {**settings, "shift": False, "reference_state": None}  # a state is of one model only
 
 
-def _is_fold_of(model: SentenceTransformer, index: int, reference: str) -> bool:
+def _is_fold_of(model: SentenceTransformer, index: int, settings: Mapping[str, Any]) -> bool:
     """Whether module ``index`` adds −e(r) and nothing else: identity weight and ẽ(r) ≈ 0."""
     dense: Any = model[index]
     weight, bias = dense.linear.weight, dense.linear.bias
@@ -226,12 +245,16 @@ def _is_fold_of(model: SentenceTransformer, index: int, reference: str) -> bool:
     plain = SentenceTransformer(
         modules=list(body), device=str(weight.device), local_files_only=True
     )
+    # Whether the weights are still those of a saved vector is what is found out right here.
+    reference = _saved_reference(settings, verified=False) or settings["reference"]
     encoder = SiameseEncoder(plain, similarity="dot", shift=True, reference=reference)
     with torch.no_grad(), evaluation_mode(encoder):
-        shift = encoder.shift_of(encoder._probe_features())
+        features = encoder._probe_features()
+        shift = encoder.shift_of(features)
         assert shift is not None
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        left = dense.linear(shift[0]).norm() / shift[0].norm()
+        scale = torch.maximum(shift[0].norm(), encoder.split.embed(features)[0].norm())
+        left = dense.linear(shift[0]).norm() / scale
     return bool(torch.equal(weight, identity) and left <= _FOLD_TOLERANCE)
 
 

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_explain(commands)
+    _add_fit_reference(commands)
     index_commands = _add_index(commands)
     for command in [*commands.choices.values(), *index_commands.choices.values()]:
         if command.get_default("run") is not None:
@@ -108,13 +109,40 @@ def _add_attributor(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layer", type=int, help="0 … L (default: L-2)")
     command.add_argument("--tolerance", type=float, default=1e-3)
     command.add_argument("--max-nodes", type=int, default=4096)
-    command.add_argument("--reference", help="pad or uniform (default: the model's, else pad)")
+    command.add_argument(
+        "--reference",
+        help="pad, uniform, fitted, neutral, mask or unk (default: the model's, else pad)",
+    )
     command.add_argument(
         "--shift",
         action=argparse.BooleanOptionalAction,
         help="subtract the reference embedding (default: as the model was trained, else no)",
     )
     command.add_argument("--similarity", choices=("cos", "dot"), help="default: the model's own")
+
+
+def _add_fit_reference(commands: Any) -> None:
+    command = commands.add_parser(
+        "fit-reference",
+        help="make a model exact without training: fit a reference and fold its shift",
+        description="Fit the reference of a model, whose weights are not touched, and write the "
+        "exact model: a folder that sentence-transformers loads without xsiam.",
+    )
+    command.add_argument("--model", default=_DEFAULT_MODEL, help="name, folder or checkpoint")
+    command.add_argument("--output", type=Path, required=True, help="folder of the exact model")
+    command.add_argument(
+        "--texts",
+        type=Path,
+        help="unlabelled texts, one a line, whose pairwise scores shall be kept (default: none)",
+    )
+    command.add_argument("--role", help="role of the texts")
+    command.add_argument(
+        "--max-norm", type=float, default=1.0, help="bound on |c|, in units of PAD's (1.0)"
+    )
+    command.add_argument("--starts", type=int, default=4, help="starts that are followed (4)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--similarity", choices=("cos", "dot"), help="default: the model's own")
+    command.set_defaults(run=_fit_reference)
 
 
 def _add_index(commands: Any) -> Any:
@@ -227,6 +255,45 @@ def _attributor(arguments: argparse.Namespace) -> PairAttributor:
     )
 
 
+def _fit_reference(arguments: argparse.Namespace) -> None:
+    from xsiam.encoder import SiameseEncoder
+    from xsiam.references import fit_reference
+
+    texts = None if arguments.texts is None else _read_lines(arguments.texts)
+    _hide_loading_bars()
+    plain = SiameseEncoder.from_pretrained(
+        arguments.model, shift=False, reference="pad", similarity=arguments.similarity
+    )
+    reference = fit_reference(
+        plain,
+        texts,
+        role=arguments.role,
+        max_norm=arguments.max_norm,
+        n_starts=arguments.starts,
+        seed=arguments.seed,
+        progress=sys.stderr.isatty(),
+    )
+    exact = SiameseEncoder(
+        plain.model,
+        similarity=plain.similarity,
+        shift=True,
+        reference=reference,
+        normalize=plain.normalize,
+    )
+    exact.save_pretrained(arguments.output)
+    report = reference.report
+    assert report is not None
+    kept = "unknown: no texts were given"
+    if report.score_difference is not None:
+        kept = f"{report.score_difference:.4f} root mean square, {report.n_texts} texts"
+    print(
+        f"|e(c)| {report.residual:.4g}, {report.relative_residual:.2%} of a short text's embedding"
+    )
+    print(f"|c| {report.norm:.3g} of PAD's" + (" (at the bound)" if report.at_bound else ""))
+    print(f"change of scores: {kept}")
+    print(f"exact model: {arguments.output}")
+
+
 def _own_device() -> str | None:
     """Return this process's GPU under torchrun; None leaves the choice to the model."""
     import torch
@@ -265,6 +332,7 @@ def _index_explain(arguments: argparse.Namespace) -> None:
     manifest = TokenVectorIndex.load(arguments.index).manifest
     for name in ("layer", "reference", "shift", "similarity", "tolerance"):
         setattr(arguments, name, getattr(manifest.settings, name))
+    arguments.reference = arguments.reference.partition(":")[0]  # the index looks at all of it
     index = TokenVectorIndex(arguments.index, manifest, _attributor(arguments))
     for i, result in zip(ids, index.explain(arguments.query, ids, arguments.role), strict=True):
         print(f"text {i}: {result.text_b}")

@@ -88,7 +88,7 @@ class ModelConfig(Section):
     shift: bool = True
     """Whether the embedding of the reference is subtracted, which makes the model exact."""
     reference: Name = "pad"
-    """Registered name of the reference: "pad" (published) or "uniform" (length-free)."""
+    """Registered name of the reference: "pad" (published), "uniform", "fitted" (length-free), …"""
     normalize: bool | None = None
     """Whether embeddings end in a Normalize; null keeps what the model has."""
     prompt: str | None = None

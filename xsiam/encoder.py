@@ -15,7 +15,13 @@ from sentence_transformers.sentence_transformer.modules import Dropout, LayerNor
 from torch import Tensor, nn
 
 from xsiam.errors import InputError, ModelError
-from xsiam.references import AbstractReference, ReferenceRows, get_reference, pad_id
+from xsiam.references import (
+    AbstractReference,
+    ReferenceRows,
+    get_reference,
+    pad_id,
+    row_keys,
+)
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
 from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.weights import WeightsWatch
@@ -52,7 +58,7 @@ class SiameseEncoder(nn.Module):
             kept.
         similarity: "cos" or "dot"; None takes the model's own similarity function.
         shift: Whether to subtract the reference embedding.
-        reference: A registered name ("pad", "uniform") or a reference object.
+        reference: A registered name ("pad", "uniform", "fitted", …) or a reference object.
         normalize: Whether the embedding ends in a Normalize; None keeps what the model has.
 
     Raises:
@@ -78,6 +84,11 @@ class SiameseEncoder(nn.Module):
         self.similarity = _head(model, similarity)
         self.shift = shift
         self.reference = get_reference(reference)
+        if shift and not self.reference.can_shift:
+            raise InputError(
+                f"Expected no shift with reference {self.reference.name!r}, whose embedding is "
+                "nothing already, but got shift=True. Set `model.shift=false`."
+            )
         modules = list(model.children())
         _check_modules(modules)
         ends_normalized = isinstance(modules[-1], Normalize)
@@ -89,6 +100,7 @@ class SiameseEncoder(nn.Module):
         pad_id(self.tokenizer)  # needed by every batch
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
+        self.reference.prepare(self.split, probe)
         self.reference.check(self.split, probe)
         with torch.no_grad(), evaluation_mode(self.model):
             self.embedding_dim: int = self.split.embed(probe)[:, : model.truncate_dim].shape[1]
@@ -353,7 +365,7 @@ class SiameseEncoder(nn.Module):
             self._shift_cache.clear()
             self._cache_weights = weights
         rows = self.reference.rows(self.split, features)
-        keys = _row_keys(rows)
+        keys = row_keys(rows)
         missing = [i for i, key in enumerate(keys) if key not in self._shift_cache]
         if missing:
             index = torch.tensor(missing, device=rows.inverse.device)
@@ -444,17 +456,3 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
                 f"Expected modules among {[m.__name__ for m in _SUPPORTED_MODULES]} after the "
                 f"Transformer, but got {type(module).__name__}, which is not supported."
             )
-
-
-def _row_keys(rows: ReferenceRows) -> list[Hashable]:
-    """Return a hashable key for each distinct reference: everything its embedding depends on."""
-    features = rows.features
-    ids, attention = features["input_ids"], features["attention_mask"].bool()
-    device = ids.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    plain = tuple(sorted((k, str(v)) for k, v in features.items() if not isinstance(v, Tensor)))
-    pairs = zip(ids.tolist(), attention.tolist(), strict=True)
-    return [
-        (tuple(i for i, real in zip(row, mask, strict=True) if real), plain, autocast)
-        for row, mask in pairs
-    ]

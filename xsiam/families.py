@@ -67,8 +67,14 @@ class Lineariser(Protocol):
     def floats_per_tangent(self, length: int) -> int:
         """Estimate the numbers that one tangent of one node takes at the peak."""
 
+    def floats_per_cotangent(self, length: int) -> int:
+        """Estimate the numbers that one cotangent of one node takes at the peak."""
+
     def floats_per_point(self, length: int) -> int:
         """Estimate the numbers that one linearised point keeps."""
+
+    def is_factored(self, length: int) -> bool:
+        """Whether no tangent exists per position, which makes tangents cheap."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,17 @@ class AutodiffLineariser:
         heads = getattr(config, "num_attention_heads", None) or max(1, width // 64)
         return int(length * (8 * width + 4 * inner + 3 * heads * length))
 
+    def floats_per_cotangent(self, length: int) -> int:
+        """Estimate the numbers that one cotangent of one node takes at the peak."""
+        return self.floats_per_tangent(length)
+
     def floats_per_point(self, length: int) -> int:
         """Estimate the numbers that one linearised point keeps: no more than a tangent."""
         return self.floats_per_tangent(length)
+
+    def is_factored(self, length: int) -> bool:
+        """Whether no tangent exists per position: never."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -134,10 +148,16 @@ class PostNormLineariser:
         """Estimate the numbers that one tangent of one node takes at the peak."""
         block = self.blocks[0]
         width, inner = block.query.in_features, block.up.out_features
-        if self._is_factored(length):
+        if self.is_factored(length):
             return 5 * inner + 14 * width + 10 * block.n_heads * length
+        return self.floats_per_cotangent(length)
+
+    def floats_per_cotangent(self, length: int) -> int:
+        """Estimate the numbers that one cotangent of one node takes at the peak."""
+        block = self.blocks[0]
+        width, inner = block.query.in_features, block.up.out_features
         attention = 8 * width + 3 * block.n_heads * length
-        return length * max(attention, 3 * width + 2 * inner)
+        return int(length * max(attention, 3 * width + 2 * inner))
 
     def floats_per_point(self, length: int) -> int:
         """Estimate the numbers that one linearised point keeps."""
@@ -145,11 +165,11 @@ class PostNormLineariser:
         width, inner = block.query.in_features, block.up.out_features
         per_token = 16 * width + inner + block.n_heads * length
         transient = 2 * inner + 2 * block.n_heads * length
-        if self._is_factored(length):
+        if self.is_factored(length):
             transient += 3 * inner + 8 * width
         return length * (len(self.blocks) * per_token + transient)
 
-    def _is_factored(self, length: int) -> bool:
+    def is_factored(self, length: int) -> bool:
         """Whether no tangent exists per position; where pooling reads one row, it is as small."""
         return len(self.blocks) == 1 and is_cheaper(self.blocks[0], length, length)
 

@@ -4,7 +4,8 @@ Adaptive integration plans cheaply (:mod:`xsiam.nodes`) and integrates once: onl
 carry the tangent of every token. What was planned is then accepted on both errors, that of the sum
 over tokens, known exactly, and that of single tokens, estimated; where either fails the panel is
 planned again, more cautiously, or bisected. Many texts of one length refine independently but are
-evaluated together.
+evaluated together. Where a tolerance leaves room for it, products of tangents first round their
+factors, which is counted as noise; a text that is not accepted so is integrated again without.
 """
 
 from __future__ import annotations
@@ -99,13 +100,17 @@ def integrate_adaptive(
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
         first: The rule that is tried first, as by :func:`first_rule`.
     """
-    whole = [_whole(group, i, first or gauss(FIRST_ORDER)) for i in range(group.size)]
-    texts = [PathPanels(i, tolerance, max_nodes, [panel]) for i, panel in enumerate(whole)]
+    rounded, rule = group.rounding is not None, first or gauss(FIRST_ORDER)
+    whole = [_whole(group, i, rule, rounded=rounded) for i in range(group.size)]
+    texts = [
+        PathPanels(i, tolerance, max_nodes, [panel], is_rounded=rounded)
+        for i, panel in enumerate(whole)
+    ]
     if first is not None and first.n_nodes <= max_nodes and sample_cost(group) >= _WORTH_A_TRY:
         _evaluate(group, [(text, text.root) for text in texts])
         for text in texts:
             if not text.is_accepted() and not is_over(deadline):
-                text.begin(_whole(group, text.row, first))
+                _begin_again(group, text, rule)
     plan(group, [text for text in texts if not text.is_evaluated], deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):
@@ -115,7 +120,10 @@ def integrate_adaptive(
         if is_over(deadline):
             break
         for text in pending:
-            _reconsider(text)
+            if text.is_rounded and not text.is_accepted():
+                _begin_again(group, text, rule)
+            else:
+                _reconsider(text)
         embed_missing_ends(group, texts)
         plan(group, [text for text in texts if not text.is_evaluated], deadline)
         for panel in (panel for text in texts for panel in text.panels):
@@ -172,13 +180,10 @@ def integrate_pulled(
         plan(group, [text], deadline)
     rows, alphas, _ = flatten([(text, panel, panel.rule) for panel in text.panels])
     weights = torch.cat([panel.width * panel.rule.weights for panel in text.panels])
-    pulled = group.token_sums(
-        rows, alphas, weights[None], torch.zeros_like(rows), cotangents[None].to(group.start)
-    )
-    error = weights @ group.totals(rows, alphas)[1] - delta
-    completeness = float(error.norm()) / scale_of(delta, start)
+    products, total = group.pulled_sums(rows, alphas, weights, cotangents.to(group.start))
+    completeness = float((total - delta).norm()) / scale_of(delta, start)
     return Pulled(
-        products=pulled[0, 0],
+        products=products,
         delta=delta,
         reference_embedding=start,
         completeness_error=completeness,
@@ -187,23 +192,48 @@ def integrate_pulled(
     )
 
 
-def _whole(group: PathGroup, row: int, rule: Rule) -> Panel:
+def rounding_of(group: PathGroup, rule: Rule) -> float:
+    """Return how far rounded factors move the first path's token vectors or their sum, over |Δ|."""
+    weights, numbers = rule.weights[None], torch.zeros(rule.n_nodes, dtype=torch.long)
+    exact, rounded = (
+        group.token_sums(numbers, rule.nodes, weights, numbers, rounded=rounded)[0, 0]
+        for rounded in (False, True)
+    )
+    difference = rounded - exact
+    moved = torch.maximum(difference.norm(dim=0).max(), difference.sum(1).norm())
+    delta = group.end_embeddings[0] - group.start_embeddings[0]
+    return float(moved) / scale_of(delta, group.start_embeddings[0])
+
+
+def _whole(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False) -> Panel:
     """Return the panel [0, 1] of a path."""
     start, end = group.start_embeddings[row], group.end_embeddings[row]
     norm = float(torch.maximum(start.norm(), end.norm()))
     units = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
-    return Panel(0.0, 1.0, start, end, max(units, float(group.noise[row])), rule)
+    noise = max(units, float(group.noise[row]))
+    if rounded and group.rounding is not None:
+        noise += group.rounding * scale_of(end - start, start)
+    return Panel(0.0, 1.0, start, end, noise, rule)
+
+
+def _begin_again(group: PathGroup, text: PathPanels, rule: Rule) -> None:
+    """Forget what was evaluated, and round no factors any more."""
+    text.begin(_whole(group, text.row, rule))
+    text.is_rounded = False
 
 
 def _evaluate(group: PathGroup, pending: Sequence[tuple[PathPanels, Panel]]) -> None:
     """Evaluate the token derivatives of every pending panel, a bounded number at once."""
-    for first in range(0, len(pending), _PANELS_AT_ONCE):
-        some = pending[first : first + _PANELS_AT_ONCE]
-        rows, alphas, numbers = flatten([(text, panel, panel.rule) for text, panel in some])
-        sums = group.token_sums(rows, alphas, _both_weights([p for _, p in some]), numbers)
-        for number, (text, panel) in enumerate(some):
-            panel.accept(sums[0, number].clone(), sums[1, number], text.scale)
-            text.n_evaluated += panel.rule.n_nodes
+    for rounded in (False, True):
+        chosen = [(text, panel) for text, panel in pending if text.is_rounded == rounded]
+        for first in range(0, len(chosen), _PANELS_AT_ONCE):
+            some = chosen[first : first + _PANELS_AT_ONCE]
+            rows, alphas, numbers = flatten([(text, panel, panel.rule) for text, panel in some])
+            weights = _both_weights([panel for _, panel in some])
+            sums = group.token_sums(rows, alphas, weights, numbers, rounded=rounded)
+            for number, (text, panel) in enumerate(some):
+                panel.accept(sums[0, number].clone(), sums[1, number], text.scale)
+                text.n_evaluated += panel.rule.n_nodes
 
 
 def _both_weights(panels: Sequence[Panel]) -> Tensor:

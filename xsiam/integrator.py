@@ -24,6 +24,7 @@ from xsiam.integration import (
     integrate_adaptive,
     integrate_fixed,
     integrate_pulled,
+    rounding_of,
 )
 from xsiam.jacobian import exact_numerics
 from xsiam.memory import default_budget, format_bytes
@@ -32,10 +33,16 @@ from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.split import evaluation_mode, features_to
-from xsiam.states import TextStates, text_states
+from xsiam.states import KnownReferences, TextStates, text_states
 from xsiam.texts import Truncations
 
 _FEATURES_AT_ONCE = 64
+# Below this tolerance rounded factors are out of the question: bfloat16 moves token vectors of
+# MiniLM and MPNet by 1e-3 to 6e-3 of |Δ|, TF32 by a quarter of that.
+_LEAST_ROUNDED_TOLERANCE = 3e-3
+# What was measured on one text is taken so many times for others, and may be this share of the
+# tolerance; a machine that rounds nothing moves less than the least.
+_ROUNDING_SAFETY, _ROUNDING_SHARE, _LEAST_ROUNDING = 1.5, 0.5, 1e-5
 _PROBE_TEXT = "A dog runs after the kitten."
 _SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
 _READ = ("text", "role", "tokens", "offsets", "special_mask", "prompt_mask")
@@ -53,6 +60,7 @@ class TextIntegrator:
         max_nodes: Most nodes per text of the adaptive rule.
         memory_budget: Bytes that an evaluation may take beyond the model, or None.
         mode: As of :class:`xsiam.PairAttributor`.
+        matmul_precision: Likewise.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class TextIntegrator:
         max_nodes: int,
         memory_budget: int | None,
         mode: str,
+        matmul_precision: str = "highest",
     ) -> None:
         self.encoder = encoder
         self.layer = layer
@@ -73,7 +82,9 @@ class TextIntegrator:
         self.max_nodes = max_nodes
         self.memory_budget = memory_budget
         self.mode = mode
+        self.matmul_precision = matmul_precision
         self.is_hand_written = self._reproduces_embeddings()
+        self._references = KnownReferences()
 
     @contextmanager
     def numerics(self) -> Iterator[None]:
@@ -85,18 +96,22 @@ class TextIntegrator:
         ):
             yield
 
-    def integrate(self, reads: Sequence[ReadText], deadline: float | None) -> list[TokenVectors]:
-        """Return the token vectors of texts of one length."""
-        states = self.states(reads)
-        paths = self._paths(self._group(reads, states), deadline)
-        return [
-            TokenVectors(
-                **self._facts(read, states, number, path),
-                token_error=path.token_error,
-                vectors=path.vectors,
-            )
-            for number, (read, path) in enumerate(zip(reads, paths, strict=True))
-        ]
+    def integrate(
+        self, groups: Sequence[Sequence[ReadText]], deadline: float | None
+    ) -> list[TokenVectors]:
+        """Return the token vectors of groups of texts, each of one length, one after the other."""
+        vectors = []
+        for reads, states in zip(groups, self.states(groups), strict=True):
+            paths = self._paths(self._group(reads, states), deadline)
+            vectors += [
+                TokenVectors(
+                    **self._facts(read, states, number, path),
+                    token_error=path.token_error,
+                    vectors=path.vectors,
+                )
+                for number, (read, path) in enumerate(zip(reads, paths, strict=True))
+            ]
+        return vectors
 
     def pull(
         self, read: ReadText, other: TokenVectors, deadline: float | None
@@ -108,7 +123,7 @@ class TextIntegrator:
             text's token vectors, and last with ẽ(r) of it.
         """
         cotangents = torch.cat([other.vectors.T, other.reference_embedding[None]])
-        states = self.states([read])
+        (states,) = self.states([[read]])
         pulled = integrate_pulled(
             self._group([read], states),
             cotangents,
@@ -129,7 +144,7 @@ class TextIntegrator:
         Returns:
             [T, K, D], and the norm that the model divides by.
         """
-        states = self.states([read])
+        (states,) = self.states([[read]])
         group = self._group([read], states)
         n_dimensions = self.encoder.embedding_dim
         unit = torch.eye(n_dimensions, dtype=group.start.dtype, device=group.start.device)
@@ -166,16 +181,37 @@ class TextIntegrator:
                 "higher layer, or shorten the text."
             )
 
-    def states(self, reads: Sequence[ReadText]) -> TextStates:
-        """Run texts of one length through the model; raise ModelError where that is not finite."""
-        split = self.encoder.split
-        states = text_states(
-            split,
+    def make_ready(self, reads: Sequence[ReadText], progress: bool) -> None:
+        """Let the reference make what texts of these shapes need, all at once."""
+        shapes = {read.shape_key: read.features for read in reads}
+        self.encoder.reference.make_ready(
+            self.encoder.split, self.layer, list(shapes.values()), progress=progress
+        )
+
+    def states(self, groups: Sequence[Sequence[ReadText]]) -> list[TextStates]:
+        """Run texts, in groups of one length each and equal in all else, through the model.
+
+        Raises:
+            ModelError: Where a number is not finite.
+        """
+        known = None
+        if self.is_hand_written:
+            known = self._references.of(self.encoder.model_fingerprint)
+        found = text_states(
+            self.encoder.split,
             self.encoder.reference,
             self.layer,
-            stack_features([read.features for read in reads]),
-            together=self.is_hand_written,
+            [stack_features([read.features for read in reads]) for reads in groups],
+            known=known,
         )
+        for reads, states in zip(groups, found, strict=True):
+            self._check_finite(reads, states)
+        return found
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _check_finite(self, reads: Sequence[ReadText], states: TextStates) -> None:
+        split = self.encoder.split
         both = {
             "texts": (states.hidden, states.embedding),
             "references": (states.start, states.reference_embedding),
@@ -189,22 +225,35 @@ class TextIntegrator:
                     f"Expected finite hidden states, but those of the {name} at layer {self.layer} "
                     f"are not for {bad.text!r}. Check the model's weights."
                 )
-        return states
-
-    # -- inside ---------------------------------------------------------------------------------
 
     def _paths(self, group: PathGroup, deadline: float | None) -> list[Integrated]:
         if self.rule is not None:
             return integrate_fixed(group, self.rule, self.tolerance)
         first = self._first_rule
+        group.rounding = self._rounding
         return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline, first)
 
     @cached_property
     def _first_rule(self) -> Rule:
         """The nodes that a text of ours needs, the same whatever was integrated before."""
+        return first_rule(self._probe_group(), self.tolerance, self.max_nodes)
+
+    @cached_property
+    def _rounding(self) -> float | None:
+        """How far rounded factors move token vectors, where the tolerance leaves room for it."""
+        if self.matmul_precision == "highest" or self.encoder.dtype != torch.float32:
+            return None
+        if self.tolerance < _LEAST_ROUNDED_TOLERANCE:
+            return None
+        measured = rounding_of(self._probe_group(), self._first_rule)
+        rounding = _ROUNDING_SAFETY * measured
+        allowed = _ROUNDING_SHARE * self.tolerance
+        return rounding if measured > _LEAST_ROUNDING and rounding <= allowed else None
+
+    def _probe_group(self) -> PathGroup:
+        """Return the path of a text of ours."""
         read = read_text(self.encoder, _PROBE_TEXT, None, Truncations(self.encoder))
-        group = self._group([read], self.states([read]))
-        return first_rule(group, self.tolerance, self.max_nodes)
+        return self._group([read], self.states([[read]])[0])
 
     @property
     def _lineariser(self) -> Lineariser:
@@ -246,7 +295,12 @@ class TextIntegrator:
             end_embeddings=states.embedding[:, kept].double().cpu(),
             budget=self.memory_budget or default_budget(self.encoder.device),
             noise=states.noise,
-            reverse=is_reverse(self.mode, states.start.shape[1], self.encoder.embedding_dim),
+            reverse=is_reverse(
+                self.mode,
+                states.start.shape[1],
+                self.encoder.embedding_dim,
+                factored=self._lineariser.is_factored(states.start.shape[1]),
+            ),
         )
 
     def _facts(

@@ -1,13 +1,17 @@
-"""Float32 matrix products by the fastest kernel that PyTorch ships for the processor.
+"""Float32 matrix products by the fastest kernel that PyTorch ships, or of rounded factors.
 
 On x86 processors PyTorch multiplies float32 matrices by MKL, which leaves half of the AVX-512 units
 of an AMD processor idle; oneDNN, which PyTorch ships too and compiled models use, does not. Both
 compute in float32 and differ by rounding only. ``benchmarks/attribution.py`` measures both.
+
+Processors and GPUs with matrix units multiply several times faster where factors are rounded to
+bfloat16 or TF32; sums stay float32. :mod:`xsiam.integrator` decides where that is allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +52,20 @@ class FastLinear(TorchFunctionMode):
         if function is nn.functional.linear and not kwargs and _is_plain(args):
             return linear(*args)
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Within this context factors of float32 products are rounded where that is the faster way.
+
+    A machine without such units computes as ever.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:

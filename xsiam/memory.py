@@ -16,7 +16,7 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _DEFAULT_LIMIT = 512 * 2**20
 # On a CPU an evaluation is fastest while what it touches stays in the caches: matrix products of a
 # thousand rows run at full speed already.
-_CPU_WORKING_SET = 64 * 2**20
+_CPU_WORKING_SET = 56 * 2**20
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 

@@ -24,7 +24,7 @@ from xsiam.rational import RationalCurve, rational_curve
 
 Trial = tuple[PathPanels, Panel, Rule]
 
-_ORDERS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 24)
+_ORDERS = (*range(2, 19), 20, 22, 24)
 # The curve's prediction must lie this far below what is allowed before a rule is measured.
 _PREDICTION_SHARE = 0.7
 # The curve need not follow samples closer than this share of what is allowed.

@@ -192,6 +192,7 @@ class PathPanels:
         points: Positions α at which the total derivative was sampled, [m] each.
         samples: Its values there, [m, K] each.
         is_merged: Whether one rule for the whole path was tried after bisecting it.
+        is_rounded: Whether products of its tangents round their factors.
     """
 
     row: int
@@ -202,6 +203,7 @@ class PathPanels:
     points: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     is_merged: bool = False
+    is_rounded: bool = False
     root: Panel = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from xsiam.families import Lineariser
 from xsiam.jacobian import Linearisation
+from xsiam.linear import rounded_products
 from xsiam.memory import is_out_of_memory, release_cached, working_set
 from xsiam.split import Features, select_rows
 
@@ -33,6 +35,8 @@ class PathGroup:
         noise: How far rounding may move the embedding of each text, [m] float64.
         reverse: Whether token derivatives are pulled back from the embedding's K dimensions
             instead of pushed forward from S tokens.
+        rounding: How far rounded factors of matrix products move token vectors and their sum,
+            relative to |Δ|, where that may be tried; else None.
     """
 
     lineariser: Lineariser
@@ -44,6 +48,7 @@ class PathGroup:
     budget: int
     noise: Tensor
     reverse: bool = False
+    rounding: float | None = None
 
     @property
     def size(self) -> int:
@@ -81,7 +86,8 @@ class PathGroup:
         alphas: Tensor,
         weights: Tensor,
         panels: Tensor,
-        cotangents: Tensor | None = None,
+        *,
+        rounded: bool = False,
     ) -> Tensor:
         """Return weighted sums of token derivatives per panel.
 
@@ -90,23 +96,18 @@ class PathGroup:
             alphas: Position of each node, [n] float64.
             weights: W weights of each node, [W, n] float64.
             panels: Panel of each node, [n], numbered from 0.
-            cotangents: C directions of embedding space for each text, [m, C, K]: their inner
-                products with the token derivatives are summed instead.
+            rounded: Whether products of tangents may round their factors; points are exact.
 
         Returns:
-            [W, P, K, S] float64 on the CPU, or [W, P, C, S] with cotangents.
+            [W, P, K, S] float64 on the CPU.
         """
-        if cotangents is None and self.reverse:
-            n_dimensions = self.start_embeddings.shape[1]
-            unit = torch.eye(n_dimensions, dtype=self.start.dtype, device=self.start.device)
-            cotangents = unit.expand(self.size, -1, -1)
-        n_vectors = self.length if cotangents is None else cotangents.shape[1]
+        n_vectors = self.start_embeddings.shape[1] if self.reverse else self.length
 
         def evaluate(part: slice, at_once: int) -> Tensor:
-            return self._derivatives(rows[part], alphas[part], at_once, cotangents)
+            return self._derivatives(rows[part], alphas[part], at_once, rounded)
 
         sums: Tensor | None = None
-        for part, values in self._in_parts(len(rows), n_vectors, evaluate):
+        for part, values in self._in_parts(len(rows), n_vectors, evaluate, self.reverse):
             if sums is None:
                 shape = (len(weights), int(panels.max()) + 1, *values.shape[1:])
                 sums = torch.zeros(shape, dtype=torch.float64)
@@ -115,39 +116,76 @@ class PathGroup:
         assert sums is not None
         return sums
 
+    def pulled_sums(
+        self, rows: Tensor, alphas: Tensor, weights: Tensor, cotangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what cotangents of one path make of its token derivatives, and their whole.
+
+        Args:
+            rows: Text of each node, [n], the same one.
+            alphas: Position of each node, [n] float64.
+            weights: Weight of each node, [n] float64.
+            cotangents: C directions of embedding space, [C, K].
+
+        Returns:
+            Weighted sums over nodes, float64 on the CPU: inner products [C, S] of the cotangents
+            with the token derivatives, and the total derivative [K].
+        """
+
+        def evaluate(part: slice, at_once: int) -> tuple[Tensor, Tensor]:
+            linearised, direction = self.at(rows[part], alphas[part]), self.direction[rows[part]]
+            pulled = [
+                linearised.pull_tokens(some.expand(len(direction), -1, -1), direction)
+                for some in torch.split(cotangents, at_once)
+            ]
+            total = linearised.total(direction)[1]
+            return torch.cat(pulled, dim=1).cpu().double(), total.cpu().double()
+
+        products, totals = [], []
+        for part, (pulled, total) in self._in_parts(len(rows), len(cotangents), evaluate, True):
+            products.append(torch.einsum("n,ncs->cs", weights[part], pulled))
+            totals.append(weights[part] @ total)
+        return torch.stack(products).sum(0), torch.stack(totals).sum(0)
+
     def at(self, rows: Tensor, alphas: Tensor) -> Linearisation:
         """Linearise at (text, α) pairs."""
         features = select_rows(self.features, rows.to(self.start.device))
         points = self.start[rows] + alphas.to(self.start)[:, None, None] * self.direction[rows]
         return self.lineariser(features, points)
 
-    def _derivatives(
-        self, rows: Tensor, alphas: Tensor, at_once: int, cotangents: Tensor | None
-    ) -> Tensor:
-        """Return the token derivatives at some nodes, [n, K or C, S] float64 on the CPU."""
+    def _derivatives(self, rows: Tensor, alphas: Tensor, at_once: int, rounded: bool) -> Tensor:
+        """Return the token derivatives at some nodes, [n, K, S] float64 on the CPU."""
         linearised, direction = self.at(rows, alphas), self.direction[rows]
         parts = []
-        if cotangents is None:
-            for tokens in torch.split(torch.arange(self.length, device=self.start.device), at_once):
-                pushed = linearised.push_tokens(direction, tokens)
-                parts.append(pushed.transpose(1, 2).cpu().double())
-            return torch.cat(parts, dim=2)
-        for some in torch.split(cotangents[rows], at_once, dim=1):
-            parts.append(linearised.pull_tokens(some, direction).cpu().double())
-        return torch.cat(parts, dim=1)
+        with rounded_products() if rounded else nullcontext():
+            if not self.reverse:
+                every = torch.arange(self.length, device=self.start.device)
+                for tokens in torch.split(every, at_once):
+                    pushed = linearised.push_tokens(direction, tokens)
+                    parts.append(pushed.transpose(1, 2).cpu().double())
+                return torch.cat(parts, dim=2)
+            n_dimensions = self.start_embeddings.shape[1]
+            unit = torch.eye(n_dimensions, dtype=self.start.dtype, device=self.start.device)
+            for some in torch.split(unit.expand(len(direction), -1, -1), at_once, dim=1):
+                parts.append(linearised.pull_tokens(some, direction).cpu().double())
+            return torch.cat(parts, dim=1)
 
     def _in_parts(
-        self, n_points: int, n_vectors: int, evaluate: Callable[[slice, int], T]
+        self,
+        n_points: int,
+        n_vectors: int,
+        evaluate: Callable[[slice, int], T],
+        pulled: bool = False,
     ) -> list[tuple[slice, T]]:
         """Evaluate points in parts that fit the budget; smaller ones where memory runs out.
 
         ``evaluate`` takes a part of the points and how many vectors (tangents or cotangents) of
-        each point fit at once.
+        each point fit at once; ``pulled`` says that they are cotangents.
         """
         results: list[tuple[slice, T]] = []
         first = 0
         while first < n_points:
-            at_once, n_together = self._fitting(n_vectors)
+            at_once, n_together = self._fitting(n_vectors, pulled)
             part = slice(first, min(first + n_together, n_points))
             try:
                 results.append((part, evaluate(part, at_once)))
@@ -156,25 +194,24 @@ class PathGroup:
                 if smallest or not is_out_of_memory(error):
                     raise
                 release_cached(self.start.device)
-                self.budget = self._bytes(at_once, part.stop - part.start) // 2
+                self.budget = self._bytes(at_once, part.stop - part.start, pulled) // 2
                 continue
             first = part.stop
         return results
 
-    def _fitting(self, n_vectors: int) -> tuple[int, int]:
+    def _fitting(self, n_vectors: int, pulled: bool) -> tuple[int, int]:
         """Return how many vectors of a point, and how many points, fit the budget together."""
-        room = working_set(self.start.device, self.budget, self._bytes(1, 1))
-        at_once = (room - self._bytes(0, 1)) // max(1, self._bytes(1, 1) - self._bytes(0, 1))
-        at_once = max(1, min(n_vectors, at_once))
-        return at_once, max(1, room // self._bytes(at_once, 1))
+        one, none = self._bytes(1, 1, pulled), self._bytes(0, 1, pulled)
+        room = working_set(self.start.device, self.budget, one)
+        at_once = max(1, min(n_vectors, (room - none) // max(1, one - none)))
+        return at_once, max(1, room // self._bytes(at_once, 1, pulled))
 
-    def _bytes(self, n_vectors: int, n_points: int) -> int:
+    def _bytes(self, n_vectors: int, n_points: int, pulled: bool) -> int:
         """Estimate the bytes that an evaluation takes at its peak."""
-        return (
-            n_points
-            * self.start.element_size()
-            * (
-                self.lineariser.floats_per_point(self.length)
-                + n_vectors * self.lineariser.floats_per_tangent(self.length)
-            )
+        per_vector = (
+            self.lineariser.floats_per_cotangent(self.length)
+            if pulled
+            else self.lineariser.floats_per_tangent(self.length)
         )
+        numbers = self.lineariser.floats_per_point(self.length) + n_vectors * per_vector
+        return n_points * self.start.element_size() * numbers

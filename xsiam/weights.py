@@ -13,10 +13,10 @@ from torch import Tensor, nn
 class WeightsWatch:
     """Tell cheaply whether a module still computes what it computed before.
 
-    The key holds, for every parameter and buffer, its storage address, version counter and two
-    random bilinear forms of its values; and the state of any adapters. In-place updates by an
-    optimizer raise the version, ``load_state_dict`` too; writes through ``.data`` do neither but
-    change the forms.
+    The key holds, for every parameter and buffer, its storage address, version counter and a random
+    bilinear form of its values; and the state of any adapters. In-place updates by an optimizer
+    raise the version, ``load_state_dict`` too; writes through ``.data`` do neither but change the
+    form.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,16 +62,13 @@ class WeightsWatch:
         return self._fingerprint[1]
 
     def _form(self, tensor: Tensor) -> Tensor:
-        """Return uᵀTv for a fixed random u and two v, as float32 numbers.
-
-        Two, since a product with two columns reads memory twice as fast as one with a vector.
-        """
+        """Return uᵀTv for fixed random u and v, never the same, as a float32 number."""
         values = tensor.detach()
         matrix = values.reshape(len(values), -1) if values.ndim > 1 else values.reshape(1, -1)
         if not matrix.is_floating_point():
             matrix = matrix.float()
         u = self._ramp(matrix.shape[0], matrix).to(matrix.dtype)
-        v = self._ramp(2 * matrix.shape[1], matrix).to(matrix.dtype).view(-1, 2)
+        v = self._ramp(2 * matrix.shape[1], matrix).to(matrix.dtype)[: matrix.shape[1]]
         return (u @ (matrix @ v)).float()
 
     def _ramp(self, length: int, like: Tensor) -> Tensor:

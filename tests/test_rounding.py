@@ -1,0 +1,102 @@
+"""Rounded factors of matrix products: used where the tolerance leaves room, counted in errors.
+
+Machines differ in whether they round at all, so that rounding is imitated here; the real one is
+held to the same promise where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import TEXTS, tiny_model
+from test_honesty import assert_flags, assert_honest, errors, random_texts
+
+from xsiam import PairAttributor, SiameseEncoder
+from xsiam.errors import InputError
+from xsiam.paths import PathGroup
+
+BFLOAT16_LIKE = 3e-3
+LOOSE = 3e-2
+PROBE = "A dog runs after the kitten."  # the text that rounding is measured on
+
+
+@pytest.fixture
+def imitate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[PathGroup], float]], list[int]]:
+    """Let rounded token derivatives be off by a share of their norms, and note their lengths."""
+    own = PathGroup._derivatives
+    calls: list[int] = []
+
+    def replace(share: Callable[[PathGroup], float]) -> list[int]:
+        def derivatives(self, rows, alphas, at_once, rounded):
+            exact = own(self, rows, alphas, at_once, False)
+            calls.extend([self.length] * rounded)
+            if not rounded:
+                return exact
+            noise = torch.randn(exact.shape, dtype=exact.dtype, generator=generator)
+            noise /= exact.shape[1] ** 0.5
+            return exact + share(self) * exact.norm(dim=1, keepdim=True) * noise
+
+        generator = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(PathGroup, "_derivatives", derivatives)
+        return calls
+
+    return replace
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_errors_count_the_rounding(imitate, layer: int) -> None:
+    calls = imitate(lambda group: BFLOAT16_LIKE)
+    encoder = SiameseEncoder(tiny_model(), shift=False)
+    rows = errors(encoder, layer, random_texts(6), tolerance=LOOSE)
+    assert any(calls)
+    assert_honest(rows)
+    assert_flags(rows, LOOSE, 1.0)
+    floor = min(max(row[0], row[2]) for row in rows)
+    assert floor > BFLOAT16_LIKE / 10  # no error below what rounding does
+
+
+def length_of(encoder: SiameseEncoder, text: str) -> int:
+    return len(encoder.preprocess([text])["input_ids"][0])
+
+
+def test_rounding_that_a_tolerance_has_no_room_for_is_not_tried(imitate) -> None:
+    lengths = imitate(lambda group: BFLOAT16_LIKE)
+    encoder = SiameseEncoder(tiny_model(), shift=False)
+    texts = [text for text in TEXTS if length_of(encoder, text) != length_of(encoder, PROBE)]
+    for options in ({}, {"tolerance": LOOSE, "matmul_precision": "highest"}):
+        PairAttributor(encoder, 1, **options).token_vectors(texts)
+        assert not lengths
+    imitate(lambda group: 4 * BFLOAT16_LIKE)
+    PairAttributor(encoder, 1, tolerance=5e-3).token_vectors(texts)
+    assert set(lengths) == {length_of(encoder, PROBE)}  # which shows too much
+
+
+def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
+    encoder = SiameseEncoder(tiny_model(), shift=False)
+    n_probe = length_of(encoder, PROBE)
+    imitate(lambda group: BFLOAT16_LIKE if group.length == n_probe else 0.3)
+    texts = [text for text in TEXTS if length_of(encoder, text) != n_probe]
+    spoilt = PairAttributor(encoder, 1, tolerance=LOOSE).token_vectors(texts)
+    options = {"tolerance": LOOSE, "matmul_precision": "highest"}
+    exact = PairAttributor(encoder, 1, **options).token_vectors(texts)
+    for one, other in zip(spoilt, exact, strict=True):
+        assert one.converged
+        assert (one.vectors - other.vectors).abs().max() <= LOOSE * float(other.delta.norm())
+        assert one.n_nodes > other.n_nodes  # what was spent in vain is counted
+
+
+def test_what_the_machine_rounds_is_honest() -> None:
+    """With bfloat16 or TF32 units this is their rounding, without them none."""
+    encoder = SiameseEncoder(tiny_model(), shift=False)
+    rows = errors(encoder, 1, random_texts(12), tolerance=LOOSE)
+    assert_honest(rows)
+    assert_flags(rows, LOOSE, 1.0)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InputError, match=r"`matmul_precision` to be one of .* but got 'high'"):
+        PairAttributor(SiameseEncoder(tiny_model()), 1, matmul_precision="high")
