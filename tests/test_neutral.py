@@ -176,6 +176,23 @@ def test_what_was_not_found_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert abs(float(result.bordered().sum()) + result.residual - result.score) < 1e-4
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(neutral, "LIMIT", 0.99)
+    (tmp_path / "references").write_text("a file where a folder should be")
+    encoder = encoder_of(tmp_path)
+    with pytest.warns(UserWarning, match=r"They are kept in memory only. Set `\$XSIAM_CACHE`"):
+        PairAttributor(encoder, 2).attribute(TEXT_A, TEXT_A)
+    assert encoder.reference.report(encoder.split, 2)
+
+
+@pytest.mark.filterwarnings("ignore:No neutral reference")
+def test_what_was_kept_unsolved_says_so_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(neutral, "MAX_JACOBIANS", 1)
+    PairAttributor(encoder_of(tmp_path), 2).attribute(TEXT_A, TEXT_A)
+    with pytest.warns(ConvergenceWarning, match="No neutral reference was found at layer 2"):
+        PairAttributor(encoder_of(tmp_path), 2).attribute(TEXT_A, TEXT_A)
+
+
 def test_the_vector_of_one_token_cannot_be_nothing(tmp_path: Path) -> None:
     model = tiny_model()
     model[1] = Pooling(32, "cls")

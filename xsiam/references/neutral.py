@@ -72,6 +72,7 @@ class NeutralReference(AbstractReference):
         self._known: dict[Hashable, dict[str, Solution]] = {}
         self._watch: WeightsWatch | None = None
         self._probe: Features | None = None
+        self._told: set[tuple[Path, str]] = set()
 
     def prepare(self, split: SplitModel, features: Features) -> None:
         """Remember a text of ours, where every search begins."""
@@ -140,19 +141,35 @@ class NeutralReference(AbstractReference):
 
         Warns:
             ConvergenceWarning: If e(r) of a length stays above the limit: main effects remain.
+            UserWarning: If solutions cannot be kept on disk; they are kept in memory.
         """
         known = self._solutions(split, layer)
-        missing = {_key(features): features for features in batch if _key(features) not in known}
-        if not missing:
-            return
-        assert self._probe is not None
-        device = batch[0]["input_ids"].device
-        with exact_numerics(device), evaluation_mode(split.model):
-            found = _solve(split, layer, missing, known, features_to(self._probe, device), progress)
-        known |= found
-        fingerprint = self._fingerprint(split)
-        write_solutions(self._file(split, layer), fingerprint, found)
-        _warn_unconverged([found[key].report for key in missing], layer)
+        asked = {_key(features): features for features in batch}
+        missing = {key: features for key, features in asked.items() if key not in known}
+        file = self._file(split, layer)
+        if missing:
+            assert self._probe is not None
+            device = batch[0]["input_ids"].device
+            probe = features_to(self._probe, device)
+            with exact_numerics(device), evaluation_mode(split.model):
+                found = _solve(split, layer, missing, known, probe, progress)
+            known |= found
+            self._write(file, self._fingerprint(split), found)
+        news = [key for key in asked if (file, key) not in self._told]
+        self._told.update((file, key) for key in news)
+        _warn_unconverged([known[key].report for key in news], layer)
+
+    @staticmethod
+    def _write(file: Path, fingerprint: str, found: Mapping[str, Solution]) -> None:
+        try:
+            write_solutions(file, fingerprint, found)
+        except OSError as error:
+            warnings.warn(
+                f"Expected to keep solved references in {file}, but: {error}. They are kept in "
+                "memory only. Set `$XSIAM_CACHE` to a folder that can be written.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _solutions(self, split: SplitModel, layer: int) -> dict[str, Solution]:
         file = self._file(split, layer)
@@ -326,7 +343,7 @@ def _length(key: str) -> int:
 
 
 def _distance(pattern: _Pattern, x: Tensor) -> float:
-    """Return |r − r_pad| / |r_pad|."""
+    """Return |r − r_pad| / |r_pad|, r_pad with PAD at every position."""
     nothing = torch.zeros_like(pattern.features["input_ids"])
     features = {**pattern.features, "special_tokens_mask": nothing}
     pad = PadReference().hidden(pattern.split, features, pattern.layer)

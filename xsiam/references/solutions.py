@@ -27,7 +27,7 @@ class SolutionReport:
         length: Tokens of the text.
         residual: |e(r)| over |e(text)| of a short text of ours.
         converged: Whether that met the limit.
-        distance: |r − r_pad| / |r_pad| over all positions.
+        distance: |r − r_pad| / |r_pad| over all positions, r_pad with PAD at every one.
         iterations: Jacobians and secant steps.
         seconds: Wall-clock time.
     """
