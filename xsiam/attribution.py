@@ -17,7 +17,7 @@ from torch import Tensor
 from xsiam.combination import Products, Settings, combine
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError
-from xsiam.integrator import TextIntegrator
+from xsiam.integrator import TextIntegrator, batches
 from xsiam.memory import parse_bytes
 from xsiam.modes import check_mode, pulled_sides
 from xsiam.quadrature import Rule, fixed_rule
@@ -27,8 +27,6 @@ from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.vector_cache import TextKey, VectorCache
 
 __all__ = ["FeatureAttribution", "PairAttribution", "PairAttributor", "TokenPair", "TokenVectors"]
-
-_TEXTS_PER_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -315,7 +313,7 @@ class PairAttributor:
         results = self._cache.take(fingerprint, reads)
         missing = {key: read for key, read in reads.items() if key not in results}
         self.integrator.make_ready(list(missing.values()), progress)
-        chunks = _batches(missing)
+        chunks = batches(missing)
         for chunk in _tracked(chunks, len(reads) - len(results), progress):
             groups = [[reads[key] for key in group] for group in chunk]
             vectors = self.integrator.integrate(groups, deadline)
@@ -391,24 +389,6 @@ def _warn_unconverged(texts: Sequence[AttributedText], attributor: PairAttributo
         ConvergenceWarning,
         stacklevel=3,
     )
-
-
-def _batches(reads: Mapping[TextKey, ReadText]) -> list[list[list[TextKey]]]:
-    """Put texts into batches: groups of one length each, of texts that are equal in all else."""
-    groups: dict[Any, list[TextKey]] = {}
-    for key, read in reads.items():
-        groups.setdefault(read.shape_key, []).append(key)
-    batches: list[list[list[TextKey]]] = []
-    room, kind = 0, None
-    for (_, plain), members in groups.items():
-        for first in range(0, len(members), _TEXTS_PER_BATCH):
-            some = members[first : first + _TEXTS_PER_BATCH]
-            if len(some) > room or plain != kind:
-                batches.append([])
-                room, kind = _TEXTS_PER_BATCH, plain
-            batches[-1].append(some)
-            room -= len(some)
-    return batches
 
 
 def _tracked(chunks: Sequence[Sequence[Sequence[TextKey]]], total: int, progress: bool) -> Any:

@@ -6,7 +6,7 @@ known across calls and says what did not converge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -35,8 +35,10 @@ from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, sta
 from xsiam.split import evaluation_mode, features_to
 from xsiam.states import KnownReferences, TextStates, text_states
 from xsiam.texts import Truncations
+from xsiam.vector_cache import TextKey
 
 _FEATURES_AT_ONCE = 64
+_TEXTS_AT_ONCE = 64
 # Below this tolerance rounded factors are out of the question: bfloat16 moves token vectors of
 # MiniLM and MPNet by 1e-3 to 6e-3 of |Δ|, TF32 by a quarter of that.
 _LEAST_ROUNDED_TOLERANCE = 3e-3
@@ -320,3 +322,21 @@ class TextIntegrator:
             "embedding": parts.embedding[0].double().cpu(),
             "reference_embedding": reference,
         }
+
+
+def batches(reads: Mapping[TextKey, ReadText]) -> list[list[list[TextKey]]]:
+    """Put texts into batches: groups of one length each, of texts that are equal in all else."""
+    groups: dict[Any, list[TextKey]] = {}
+    for key, read in reads.items():
+        groups.setdefault(read.shape_key, []).append(key)
+    found: list[list[list[TextKey]]] = []
+    room, kind = 0, None
+    for (_, plain), members in groups.items():
+        for first in range(0, len(members), _TEXTS_AT_ONCE):
+            some = members[first : first + _TEXTS_AT_ONCE]
+            if len(some) > room or plain != kind:
+                found.append([])
+                room, kind = _TEXTS_AT_ONCE, plain
+            found[-1].append(some)
+            room -= len(some)
+    return found
