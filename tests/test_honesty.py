@@ -85,6 +85,7 @@ def test_reported_errors_are_honest_and_tight(layer: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_300_cases_are_honest_and_tight(architecture: str) -> None:
     encoder = SiameseEncoder(tiny_model(architecture), shift=False)

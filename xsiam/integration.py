@@ -10,6 +10,7 @@ factors, which is counted as noise; a text that is not accepted so is integrated
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,15 @@ import torch
 from torch import Tensor
 
 from xsiam.nodes import embed_missing_ends, flatten, is_over, plan, proposed_rule, sample_cost
-from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss, scale_of, token_error_of
+from xsiam.panels import (
+    FIRST_ORDER,
+    Panel,
+    PathPanels,
+    gauss,
+    noise_of,
+    rule_error_of,
+    scale_of,
+)
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 
@@ -30,7 +39,10 @@ _WORTH_A_TRY = 0.15
 # What the first rule may err on xsiam's own text, as a share of the tolerance: it is accepted at
 # the whole of it.
 _FIRST_SHARE = 0.5
-_CAUTION = 0.5  # how far below the tolerance a panel is planned that had missed it
+# Where the rules err by at most so many times the noise of the embeddings, the noise of the token
+# vectors, which can be larger, is measured too: at so many nodes, and with this margin.
+_NEAR_NOISE, _NOISE_NODES, _NOISE_SAFETY = 10.0, 5, 2.0
+_CAUTION = 0.5  # how far below the tolerance a path is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 
 
@@ -64,13 +76,14 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     weights = rule.weights if rule.embedded_weights is None else rule.embedded_weights
     stacked = torch.stack([rule.weights, weights]).repeat(1, group.size)
     sums = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
-    results = []
-    for i in range(group.size):
-        panel = _whole(group, i, rule)
-        panel.accept(sums[0, i], sums[1, i], scale_of(panel.increment(), panel.start))
-        estimated = rule.embedded_weights is not None
-        results.append(_assemble([panel], tolerance, rule.n_nodes, estimated))
-    return results
+    texts = [
+        PathPanels(i, tolerance, rule.n_nodes, [_whole(group, i, rule)]) for i in range(group.size)
+    ]
+    for text in texts:
+        text.root.accept(sums[0, text.row], sums[1, text.row], text.scale)
+        text.n_evaluated = rule.n_nodes
+    _measure_noise(group, texts)
+    return [_assemble(text, rule.embedded_weights is not None) for text in texts]
 
 
 def first_rule(group: PathGroup, tolerance: float, max_nodes: int) -> Rule:
@@ -128,7 +141,8 @@ def integrate_adaptive(
         plan(group, [text for text in texts if not text.is_evaluated], deadline)
         for panel in (panel for text in texts for panel in text.panels):
             panel.restore()
-    return [_assemble(text.panels, tolerance, text.n_evaluated) for text in texts]
+    _measure_noise(group, texts)
+    return [_assemble(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -268,31 +282,55 @@ def _reconsider(text: PathPanels) -> None:
             break
 
 
-def _refine(text: PathPanels, panel: Panel, error: float, caution: float) -> None:
+def _refine(text: PathPanels, panel: Panel, error: float, factor: float) -> None:
     """Plan an evaluated panel again if that was not done before and may help; else bisect it."""
-    is_new = panel.caution == 1.0
-    panel.reopen(min(caution, panel.caution))
+    is_new = panel.goal is None
+    panel.reopen(factor)
     if not (is_new and panel.error is not None and panel.error > text.share(panel)):
         text.split(panel, error)
 
 
-def _assemble(
-    panels: Sequence[Panel], tolerance: float, n_nodes: int, estimated: bool = True
-) -> Integrated:
-    first, last = panels[0], panels[-1]
-    assert first.start is not None
-    assert last.end is not None
-    delta = last.end - first.start
-    scale = scale_of(delta, first.start)
-    vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)
-    completeness = float((vectors.sum(1) - delta).norm()) / scale
-    token = token_error_of(panels) / scale if estimated else float("inf")
+def _measure_noise(group: PathGroup, texts: Sequence[PathPanels]) -> None:
+    """Measure how far rounding moves token vectors, of texts that err by little else.
+
+    Along the path to the hidden states that rounding has perturbed, token derivatives are others.
+    Those of two tokens can move by as much in opposite directions, which no embedding shows. What
+    they move by is integrated, and limited by the median over the path: at a sharp turn they move a
+    lot, which integrates to little (ours).
+    """
+    near = [
+        text
+        for text in texts
+        if not text.is_rounded and rule_error_of(text.panels) <= _NEAR_NOISE * noise_of(text.panels)
+    ]
+    if not near:
+        return
+    rule = gauss(_NOISE_NODES)
+    rows = torch.tensor([text.row for text in near]).repeat_interleave(rule.n_nodes)
+    each = torch.arange(len(rows))
+    arguments = (rows, rule.nodes.repeat(len(near)), torch.ones(1, len(rows)), each)
+    moved = dataclasses.replace(group, direction=group.moved - group.start).token_sums(*arguments)
+    differences = (moved - group.token_sums(*arguments))[0]
+    differences = differences.view(len(near), rule.n_nodes, *differences.shape[1:])
+    typical = differences.norm(dim=2).amax(dim=2).median(dim=1).values
+    integral = torch.einsum("n,tnks->tks", rule.weights, differences).norm(dim=1).amax(dim=1)
+    for text, found in zip(near, torch.minimum(typical, integral), strict=True):
+        text.token_noise = _NOISE_SAFETY * float(found)
+
+
+def _assemble(text: PathPanels, is_estimated: bool = True) -> Integrated:
+    start, end = text.root.start, text.root.end
+    assert start is not None
+    assert end is not None
+    vectors = torch.stack([p.vectors for p in text.panels if p.vectors is not None]).sum(0)
+    completeness = text.total_error() / text.scale
+    token = text.token_error() / text.scale if is_estimated else float("inf")
     return Integrated(
         vectors=vectors,
-        delta=delta,
-        reference_embedding=first.start,
+        delta=end - start,
+        reference_embedding=start,
         completeness_error=completeness,
         token_error=token,
-        converged=completeness <= tolerance and token <= tolerance,
-        n_nodes=n_nodes,
+        converged=max(completeness, token) <= text.tolerance,
+        n_nodes=text.n_evaluated,
     )

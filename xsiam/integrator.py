@@ -297,6 +297,7 @@ class TextIntegrator:
             end_embeddings=states.embedding[:, kept].double().cpu(),
             budget=self.memory_budget or default_budget(self.encoder.device),
             noise=states.noise,
+            moved=states.moved,
             reverse=is_reverse(
                 self.mode,
                 states.start.shape[1],

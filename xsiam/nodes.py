@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from xsiam.panels import FIRST_ORDER, Panel, PathPanels, gauss
+from xsiam.panels import FIRST_ORDER, MAX_TRIALS, Panel, PathPanels, gauss
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Array, Rule, sinh_map, sinh_mapped
 from xsiam.rational import RationalCurve, rational_curve
@@ -29,7 +29,6 @@ _ORDERS = (*range(2, 19), 20, 22, 24)
 _PREDICTION_SHARE = 0.7
 # The curve need not follow samples closer than this share of what is allowed.
 _MISFIT_SHARE = 0.05
-_MAX_TRIALS = 3
 # Fewer nodes are worth measuring where they save at least so many, and more than measuring costs:
 # a node of the total derivative takes about as much as three tangents of a token.
 _LEAST_SAVED, _TANGENTS_PER_SAMPLE = 2, 3.0
@@ -148,10 +147,13 @@ def _next_trials(group: PathGroup, texts: Sequence[PathPanels]) -> list[Trial]:
 
 def _better(text: PathPanels, panel: Panel) -> list[Trial]:
     """Return what may lower the error of a panel: another rule, or its halves."""
-    if panel.trials < _MAX_TRIALS:
+    if panel.trials < MAX_TRIALS:
         panel.trials += 1
         if rule := proposed_rule(text, panel, panel.rule.n_nodes + text.room):
             return [(text, panel, rule)]
+        panel.trials = MAX_TRIALS
+        if panel.goal is not None and panel not in text.worst_panels():
+            return []
     if text.room < 2 * FIRST_ORDER - panel.rule.n_nodes:
         return []
     return [(text, half, half.rule) for half in text.split(panel, panel.error or 0.0)]

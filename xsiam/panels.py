@@ -20,6 +20,9 @@ FIRST_ORDER = 8
 # error of a Gauss rule is about the square of its last coefficient, which is the difference.
 _RATIO_SAFETY = 3.0
 _RATIO_FLOOR = 2e-4
+# Rules that are tried for a panel before it is bisected, which a panel this near its goal is not.
+MAX_TRIALS = 3
+_NEAR_GOAL = 1.75
 # Noise is reported as large as it may be; below this share of it nothing is ever improved.
 _SURE_NOISE = 1 / 4
 # An error up to so many times the noise, which so many bisections in a row lowered by less than
@@ -43,11 +46,17 @@ def scale_of(delta: Tensor, start: Tensor | None) -> float:
     return norm if norm > noise else 1.0
 
 
-def token_error_of(panels: Sequence[Panel]) -> float:
-    """Return the largest estimated error of a token vector along a path, rounding included.
+def rule_error_of(panels: Sequence[Panel]) -> float:
+    """Return the largest estimated error of a token vector along a path that the rules make."""
+    errors = torch.stack([p.token_errors for p in panels if p.token_errors is not None]).sum(0)
+    return float(errors.max())
 
-    Noise is what rounding may move an embedding by. Token vectors that are longer than the
-    embeddings, and cancel in the sum, are moved by as much more (ours).
+
+def noise_of(panels: Sequence[Panel]) -> float:
+    """Return how far rounding may move a token vector, by what it may move an embedding by.
+
+    Token vectors that are longer than the embeddings, and cancel in the sum, are moved by as much
+    more (ours).
 
     Args:
         panels: Those of one whole path, evaluated.
@@ -56,10 +65,8 @@ def token_error_of(panels: Sequence[Panel]) -> float:
     assert first.start is not None
     assert last.end is not None
     vectors = torch.stack([p.vectors for p in panels if p.vectors is not None]).sum(0)
-    errors = torch.stack([p.token_errors for p in panels if p.token_errors is not None]).sum(0)
     longest = torch.maximum(first.start.norm(), last.end.norm()).clamp_min(1e-300)
-    noise = first.noise * max(1.0, float(vectors.norm(dim=0).max() / longest))
-    return float(errors.max()) + noise
+    return first.noise * max(1.0, float(vectors.norm(dim=0).max() / longest))
 
 
 @dataclass(eq=False)
@@ -75,9 +82,9 @@ class Panel:
         rule: The planned nodes.
         error: Exact error of the total derivative's integral by ``rule``, None before it is known.
         trials: Other rules that were proposed for it.
-        caution: Share of what it may err that the next proposal keeps to.
+        goal: What its sum over tokens may err once single tokens had erred too much, or None.
         is_thrifty: Whether fewer nodes were tried.
-        parent_error: Error of the panel that it is a half of.
+        least_error: Least error of the panels that it is a part of.
         stalls: Bisections in a row above it that lowered no error.
         vectors: Token vectors of the panel, [K, S], once they are evaluated.
         token_errors: Their estimated errors, [S].
@@ -91,9 +98,9 @@ class Panel:
     rule: Rule
     error: float | None = None
     trials: int = 0
-    caution: float = 1.0
+    goal: float | None = None
     is_thrifty: bool = False
-    parent_error: float = float("inf")
+    least_error: float = float("inf")
     stalls: int = 0
     vectors: Tensor | None = None
     token_errors: Tensor | None = None
@@ -124,11 +131,22 @@ class Panel:
         assert self.vectors is not None
         return self.vectors.sum(1) - self.increment()
 
-    def reopen(self, caution: float) -> None:
-        """Ask for a better rule; what was evaluated is kept in case there is none."""
-        self.caution, self.trials, self.is_thrifty = caution, 0, True
+    def reopen(self, factor: float) -> None:
+        """Ask for a rule that errs less by a factor; what was evaluated is kept if there is none.
+
+        The goal is one of its own, not a share of what the path may err: shares shrink with every
+        bisection, down to noise.
+        """
+        self.goal = factor * max(float(self.total_error().norm()), self.noise)
+        self.trials, self.is_thrifty = 0, True
         self._evaluated = (self.rule, self.vectors, self.token_errors)
         self.vectors = self.token_errors = None
+
+    def misses_goal(self) -> bool:
+        """Whether it has a goal and its planned error misses it by as much as is worth a trial."""
+        if self.goal is None or self.error is None:
+            return False
+        return self.error > self.goal * (1.0 if self.trials < MAX_TRIALS else _NEAR_GOAL)
 
     def restore(self) -> None:
         """Take back what was evaluated if the rule is still the same."""
@@ -141,8 +159,10 @@ class Panel:
         left = Panel(self.left, middle, self.start, None, self.noise, gauss(FIRST_ORDER))
         right = Panel(middle, self.right, None, self.end, self.noise, gauss(FIRST_ORDER))
         for half in (left, right):
-            half.parent_error, half.stalls = error, self._stalls_with(error)
-            half.caution, half.is_thrifty = self.caution, self.is_thrifty
+            half.least_error = min(error, self.least_error)
+            half.stalls = self._stalls_with(error)
+            half.goal = None if self.goal is None else self.goal / 2
+            half.is_thrifty = self.is_thrifty
         return [left, right]
 
     def can_improve(self, error: float) -> bool:
@@ -157,8 +177,11 @@ class Panel:
         )
 
     def _stalls_with(self, error: float) -> int:
-        """Count the bisections in a row that did not lower the error, up to this panel."""
-        return self.stalls + 1 if error > _NO_PROGRESS * self.parent_error else 0
+        """Count the bisections in a row that did not lower the error, up to this panel.
+
+        Held against the least error above, since noise is now and then less than before by luck.
+        """
+        return self.stalls + 1 if error > _NO_PROGRESS * self.least_error else 0
 
     def accept(self, vectors: Tensor, embedded: Tensor, scale: float) -> None:
         """Take the token vectors [K, S] by both rules, and estimate the error of every token.
@@ -193,6 +216,7 @@ class PathPanels:
         samples: Its values there, [m, K] each.
         is_merged: Whether one rule for the whole path was tried after bisecting it.
         is_rounded: Whether products of its tangents round their factors.
+        token_noise: How far rounding was measured to move a token vector; 0 where it was not.
     """
 
     row: int
@@ -204,6 +228,7 @@ class PathPanels:
     samples: list[Tensor] = field(default_factory=list)
     is_merged: bool = False
     is_rounded: bool = False
+    token_noise: float = 0.0
     root: Panel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,7 +256,9 @@ class PathPanels:
 
     def share(self, panel: Panel) -> float:
         """Return what one panel may err."""
-        return panel.caution * self.allowed() * (1.0 if panel.is_whole else 1 / len(self.panels))
+        if panel.goal is not None:
+            return panel.goal
+        return self.allowed() * (1.0 if panel.is_whole else 1 / len(self.panels))
 
     def whole_again(self) -> Panel:
         """Return a new panel for the whole path, to be tried in place of its parts."""
@@ -241,9 +268,8 @@ class PathPanels:
     def worst_panels(self) -> list[Panel]:
         """Return the fewest panels whose removal leaves an acceptable planned error."""
         open_panels = [p for p in self.panels if p.vectors is None]
-        cautious = [p for p in open_panels if (p.error or 0.0) > self.share(p) and p.caution < 1]
+        worst = [p for p in open_panels if p.misses_goal() and p.can_improve(p.error or 0.0)]
         left = sum(p.error or 0.0 for p in self.panels)
-        worst = [p for p in cautious if p.can_improve(p.error or 0.0)]
         if left <= self.allowed():
             return worst
         for panel in sorted(open_panels, key=lambda p: -(p.error or 0.0)):
@@ -275,4 +301,4 @@ class PathPanels:
 
     def token_error(self) -> float:
         """Return the largest estimated error of a token vector, rounding included."""
-        return token_error_of(self.panels)
+        return rule_error_of(self.panels) + max(noise_of(self.panels), self.token_noise)

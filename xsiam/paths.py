@@ -33,6 +33,7 @@ class PathGroup:
         budget: Bytes that one evaluation may take beyond the model; halved for good where the
             machine runs out of memory below it.
         noise: How far rounding may move the embedding of each text, [m] float64.
+        moved: Hidden states of the texts as rounding may have moved them, [m, S, D].
         reverse: Whether token derivatives are pulled back from the embedding's K dimensions
             instead of pushed forward from S tokens.
         rounding: How far rounded factors of matrix products move token vectors and their sum,
@@ -47,6 +48,7 @@ class PathGroup:
     end_embeddings: Tensor
     budget: int
     noise: Tensor
+    moved: Tensor
     reverse: bool = False
     rounding: float | None = None
 

@@ -39,6 +39,7 @@ class TextStates:
         reference_embedding: e(r), [m, K].
         noise: How far rounding may move e(a): the embedding output is perturbed by one unit in the
             last place, and four times how far the embedding moves is taken (ours), [m] float64.
+        moved: Hidden states of the texts that were perturbed so, [m, S, D].
     """
 
     hidden: Tensor
@@ -46,6 +47,7 @@ class TextStates:
     embedding: Tensor
     reference_embedding: Tensor
     noise: Tensor
+    moved: Tensor
 
 
 class KnownReferences:
@@ -119,7 +121,7 @@ def _in_parts(
 
 def _noted(texts: _Both, references: _Both, moved: _Both) -> TextStates:
     noise = _NOISE_SAFETY * (moved[1] - texts[1]).norm(dim=1).double().cpu()
-    return TextStates(texts[0], references[0], texts[1], references[1], noise)
+    return TextStates(texts[0], references[0], texts[1], references[1], noise, moved[0])
 
 
 def perturbed(hidden: Tensor) -> Tensor:
