@@ -127,6 +127,63 @@ def test_a_peak_is_planned_on_few_samples(length: int, first, tolerance: float) 
     assert group.n_sampled <= 200
 
 
+class Steep(Peaked):
+    """The same at a peak so narrow that points known to float32 do not tell embeddings apart."""
+
+    start = torch.zeros(1, 1, 2, dtype=torch.float32)
+    centre = 0.3237
+
+    def __init__(self, length: int, width: float) -> None:
+        super().__init__(length)
+        self.width = width
+        self.end_embeddings = torch.from_numpy(self.antiderivative(np.ones(1)))
+
+    def antiderivative(self, points: np.ndarray) -> np.ndarray:
+        turn = [np.arctan((x - self.centre) / self.width) for x in (points, np.zeros(1))]
+        return np.stack([(turn[0] - turn[1]) / np.pi, points, points**2 / 2], axis=1)
+
+    def derivative(self, points: np.ndarray) -> np.ndarray:
+        height = self.width / ((points - self.centre) ** 2 + self.width**2) / np.pi
+        return np.stack([height, np.ones_like(points), points], axis=1)
+
+    def perturbed(self) -> Steep:
+        return self
+
+    def jittered(self, alphas: torch.Tensor) -> np.ndarray:
+        points = alphas.numpy()
+        return points + 0.5 * torch.finfo(torch.float32).eps * np.sin(1e9 * points)
+
+    def totals(self, rows, alphas):
+        self.n_sampled += len(alphas)
+        return None, torch.from_numpy(self.derivative(self.jittered(alphas)))
+
+    def embed(self, rows, alphas):
+        return torch.from_numpy(self.antiderivative(self.jittered(alphas)))
+
+    def token_sums(self, rows, alphas, weights, panels, rounded=False):
+        self.n_evaluated += len(alphas)
+        values = torch.from_numpy(self.derivative(self.jittered(alphas)))[..., None] * self.shares
+        one_hot = torch.nn.functional.one_hot(panels, int(panels.max()) + 1).double()
+        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values)
+
+
+@pytest.mark.parametrize(
+    ("width", "tolerance", "can_converge"),
+    [(1e-4, 1e-3, True), (1e-5, 3e-3, True), (1e-5, 5e-4, False)],
+)
+def test_refinement_ends_where_rounding_hides_a_sharp_turn(
+    width: float, tolerance: float, can_converge: bool
+) -> None:
+    group = Steep(9, width)
+    (result,) = integrate_adaptive(group, tolerance, 4096)  # type: ignore[arg-type]
+    exact = group.end_embeddings[0, :, None] * group.shares
+    scale = float(group.end_embeddings.norm())
+    assert result.n_nodes <= 400
+    assert group.n_sampled <= 2000
+    assert float((result.vectors - exact).norm(dim=0).max()) <= 3 * scale * result.token_error
+    assert result.converged == can_converge
+
+
 def test_plans_do_not_depend_on_what_was_attributed_before() -> None:
     encoder = SiameseEncoder(tiny_model().double(), shift=False)
     fresh = PairAttributor(encoder, 0, cache_size=1)

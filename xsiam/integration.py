@@ -10,7 +10,6 @@ factors, which is counted as noise; a text that is not accepted so is integrated
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +39,10 @@ _WORTH_A_TRY = 0.15
 # the whole of it.
 _FIRST_SHARE = 0.5
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
-# vectors, which can be larger, is measured too: at so many nodes, and with this margin.
-_NEAR_NOISE, _NOISE_NODES, _NOISE_SAFETY = 10.0, 5, 2.0
+# vectors, which can be larger, is measured too: with this margin, at one node for so many that were
+# evaluated, but a few at least.
+_NEAR_NOISE, _NOISE_SAFETY = 10.0, 2.0
+_PER_NODE, _NOISE_NODES, _MOST_NOISE_NODES = 16, 5, 24
 _CAUTION = 0.5  # how far below the tolerance a path is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 
@@ -305,17 +306,16 @@ def _measure_noise(group: PathGroup, texts: Sequence[PathPanels]) -> None:
     ]
     if not near:
         return
-    rule = gauss(_NOISE_NODES)
-    rows = torch.tensor([text.row for text in near]).repeat_interleave(rule.n_nodes)
-    each = torch.arange(len(rows))
-    arguments = (rows, rule.nodes.repeat(len(near)), torch.ones(1, len(rows)), each)
-    moved = dataclasses.replace(group, direction=group.moved - group.start).token_sums(*arguments)
-    differences = (moved - group.token_sums(*arguments))[0]
-    differences = differences.view(len(near), rule.n_nodes, *differences.shape[1:])
-    typical = differences.norm(dim=2).amax(dim=2).median(dim=1).values
-    integral = torch.einsum("n,tnks->tks", rule.weights, differences).norm(dim=1).amax(dim=1)
-    for text, found in zip(near, torch.minimum(typical, integral), strict=True):
-        text.token_noise = _NOISE_SAFETY * float(found)
+    orders = [max(_NOISE_NODES, min(_MOST_NOISE_NODES, t.n_evaluated // _PER_NODE)) for t in near]
+    rows = torch.tensor([text.row for text in near]).repeat_interleave(torch.tensor(orders))
+    nodes = torch.cat([gauss(order).nodes for order in orders])
+    arguments = (rows, nodes, torch.ones(1, len(rows)), torch.arange(len(rows)))
+    moved = group.perturbed().token_sums(*arguments)
+    differences = torch.split((moved - group.token_sums(*arguments))[0], orders)
+    for text, order, difference in zip(near, orders, differences, strict=True):
+        typical = difference.norm(dim=1).amax(dim=1).median()
+        integral = torch.einsum("n,nks->ks", gauss(order).weights, difference).norm(dim=0).max()
+        text.token_noise = _NOISE_SAFETY * float(torch.minimum(typical, integral))
 
 
 def _assemble(text: PathPanels, is_estimated: bool = True) -> Integrated:

@@ -76,7 +76,7 @@ def proposed_rule(
     if len(points) < _FEWEST_SAMPLES or not samples.any():
         return None
     share = text.share(panel)
-    misfit = max(_MISFIT_SHARE * share, panel.noise)
+    misfit = max(_MISFIT_SHARE * share, panel.whole_noise)
     curve = rational_curve(points, samples, panel.increment().numpy(), misfit)
     return _cheapest(curve, _PREDICTION_SHARE * share if allowed is None else allowed, most)
 
@@ -116,11 +116,13 @@ def _measure(group: PathGroup, trials: Sequence[Trial]) -> None:
     rows, alphas, _ = flatten(trials)
     _, derivatives = group.totals(rows, alphas)
     counts = [rule.n_nodes for _, _, rule in trials]
+    resolution = torch.finfo(group.start.dtype).eps
     for (text, panel, rule), points, values in zip(
         trials, torch.split(alphas, counts), torch.split(derivatives, counts), strict=True
     ):
         text.points.append(points)
         text.samples.append(values)
+        panel.steepness = max(panel.steepness, resolution * float(values.norm(dim=1).max()))
         total = panel.width * (rule.weights @ values)
         error = float((total - panel.increment()).norm())
         share = text.share(panel)

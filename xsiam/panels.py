@@ -25,9 +25,9 @@ MAX_TRIALS = 3
 _NEAR_GOAL = 1.75
 # Noise is reported as large as it may be; below this share of it nothing is ever improved.
 _SURE_NOISE = 1 / 4
-# An error up to so many times the noise, which so many bisections in a row lowered by less than
-# this factor, is noise too.
-_NEAR_NOISE = 64.0
+# An error up to so many times the noise or the steepness, which so many bisections in a row lowered
+# by less than this factor, is noise too.
+_NEAR_NOISE, _NEAR_STEEPNESS = 64.0, 4.0
 _NO_PROGRESS = 0.25
 _MAX_STALLS = 3
 _RELATIVE_FLOOR = 1e-6  # |Δ| below this share of |ẽ| is float noise: errors are absolute there
@@ -78,7 +78,9 @@ class Panel:
         right: Where it ends.
         start: Embedding at ``left``, [K] float64, or None as long as it is unknown.
         end: Embedding at ``right``.
-        noise: What lies below this is rounding, in units of the embedding.
+        noise: What rounding may move an embedding by anywhere, in units of the embedding.
+        steepness: What it moves an embedding of the panel by where that changes fastest: a point of
+            the path is known to one unit in the last place of α (ours).
         rule: The planned nodes.
         error: Exact error of the total derivative's integral by ``rule``, None before it is known.
         trials: Other rules that were proposed for it.
@@ -96,6 +98,7 @@ class Panel:
     end: Tensor | None
     noise: float
     rule: Rule
+    steepness: float = 0.0
     error: float | None = None
     trials: int = 0
     goal: float | None = None
@@ -115,6 +118,11 @@ class Panel:
     def is_whole(self) -> bool:
         """Whether it covers the whole path."""
         return self.width == 1.0
+
+    @property
+    def whole_noise(self) -> float:
+        """What rounding may move an embedding of the panel by."""
+        return self.noise + self.steepness
 
     def alphas(self, rule: Rule | None = None) -> Tensor:
         """Return the nodes of its own or another rule, as positions on the path."""
@@ -137,7 +145,7 @@ class Panel:
         The goal is one of its own, not a share of what the path may err: shares shrink with every
         bisection, down to noise.
         """
-        self.goal = factor * max(float(self.total_error().norm()), self.noise)
+        self.goal = factor * max(float(self.total_error().norm()), self.whole_noise)
         self.trials, self.is_thrifty = 0, True
         self._evaluated = (self.rule, self.vectors, self.token_errors)
         self.vectors = self.token_errors = None
@@ -171,8 +179,8 @@ class Panel:
         Noise is what lies below its expected size, and what several bisections did not lower
         although it was close: a resolved panel's error falls by orders of magnitude.
         """
-        near = error <= _NEAR_NOISE * self.noise
-        return error > _SURE_NOISE * self.noise and not (
+        near = error <= max(_NEAR_NOISE * self.noise, _NEAR_STEEPNESS * self.steepness)
+        return error > max(_SURE_NOISE * self.noise, self.steepness) and not (
             near and self._stalls_with(error) >= _MAX_STALLS
         )
 
@@ -187,7 +195,9 @@ class Panel:
         """Take the token vectors [K, S] by both rules, and estimate the error of every token.
 
         The difference to the embedded rule is the error of the lower rule; it is scaled by how much
-        the higher rule beats the lower one on the sum over tokens, which is known exactly.
+        the higher rule beats the lower one on the sum over tokens, which is known exactly. As much
+        of that error as rounding makes at a steep turn is no rule's, needs no safety, and lands on
+        tokens as the turn itself does (ours).
 
         Args:
             vectors: By the rule.
@@ -197,9 +207,13 @@ class Panel:
         self.vectors = vectors
         difference: Tensor = vectors - embedded
         exact = (self.total_error().norm() - self.noise).clamp_min(0.0)
+        rounded = exact.clamp_max(self.steepness)
         total = difference.sum(1).norm().clamp_min(1e-300)
         floor = min(_RATIO_FLOOR, float(total) / scale)
-        self.token_errors = difference.norm(dim=0) * (_RATIO_SAFETY * exact / total).clamp(floor, 1)
+        ratio = ((_RATIO_SAFETY * (exact - rounded) + rounded) / total).clamp(floor, 1)
+        turn = torch.maximum(self.increment().norm(), exact).clamp_min(1e-300)
+        sizes = vectors.norm(dim=0)
+        self.token_errors = torch.maximum(difference.norm(dim=0) * ratio, rounded * sizes / turn)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -61,6 +61,10 @@ class PathGroup:
     def length(self) -> int:
         """S, the tokens of every text."""
         return self.start.shape[1]
+
+    def perturbed(self) -> PathGroup:
+        """Return the paths to where rounding may have moved the texts."""
+        return replace(self, direction=self.moved - self.start)
 
     def embed(self, rows: Tensor, alphas: Tensor) -> Tensor:
         """Return the embeddings at (text, α) pairs, [n, K] float64 on the CPU."""
