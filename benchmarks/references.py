@@ -4,14 +4,14 @@ r"""What each reference does to scores, to main effects and to the cost of attri
     python benchmarks/references.py --data stsb/test.csv --output results/references \
         --tuned runs/stsb/checkpoints/best.ckpt --layers 5,4
 
-Four tables. Scores: the exact model that each reference makes without training, on all pairs of a
-labelled file. Pairs: the UNMODIFIED model's attributions with each reference at each layer, on the
-first pairs; with ``--tuned`` also their agreement with a tuned exact model's. Agreement of the
-references with each other. Faithfulness: how matrices correlate with leave-one-out interactions,
-and what is left of a score as the strongest pairs are taken out (:mod:`faithfulness`). Agreement is
-Spearman's correlation of matrix entries without special tokens, the mean over pairs with a
-bootstrap interval. ``fitted-2`` is ``fitted`` by another seed, ``fitted-texts`` fitted to keep the
-scores of ``--fit-texts`` (one a line).
+Four tables and a picture. Scores: the exact model that each reference makes without training, on
+all pairs of a labelled file. Pairs: the UNMODIFIED model's attributions with each reference at each
+layer, on the first pairs; with ``--tuned`` also their agreement with a tuned exact model's.
+Agreement of the references with each other. Faithfulness: how matrices correlate with leave-one-out
+interactions, and what is left of a score as the strongest pairs are taken out
+(:mod:`faithfulness`). Agreement is Spearman's correlation of matrix entries without special tokens,
+the mean over pairs with a bootstrap interval. ``fitted-2`` is ``fitted`` by another seed,
+``fitted-texts`` fitted to keep the scores of ``--fit-texts`` (one a line).
 
 One file is written for every finished reference and layer, and a second call goes on where the
 first one stopped. Nothing of the data but numbers is written.
@@ -43,6 +43,7 @@ from faithfulness import (
     mean_state,
 )
 from machine import facts
+from reference_pictures import draw, interval
 from results import replace_text
 
 from xsiam import ConvergenceWarning, PairAttribution, PairAttributor, SiameseEncoder
@@ -61,7 +62,6 @@ from xsiam.split import evaluation_mode, features_to
 Row = dict[str, Any]
 REFERENCES = ("pad", "uniform", "fitted", "neutral", "mask", "unk", "mean", "fitted-2")
 _LENGTHS = (3, 8, 20, 64, 128, 256)
-_RESAMPLES = 2000
 _WARM_UP = "A child throws a ball over the fence."
 _ANOTHER_SEED = 1
 
@@ -100,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row["faithfulness"] = truths[layer].compare(results)
             store.write(name, f"layer-{layer}", row)
         replace_text(options.output / "table.md", table(store, options, layers, arguments))
+    draw(
+        {layer: store.of_layer(options.references.split(","), layer) for layer in layers},
+        options.output / "table.png",
+    )
     return 0
 
 
@@ -146,6 +150,11 @@ class Store:
                 f"{row['settings']}. Set --output to another folder."
             )
         return row
+
+    def of_layer(self, names: Sequence[str], layer: int) -> dict[str, Row]:
+        """Return the finished rows of references at a layer."""
+        found = {name: self.read(name, f"layer-{layer}") for name in names}
+        return {name: row for name, row in found.items() if row is not None}
 
     def write(self, name: str, part: str, row: Row) -> None:
         """Write a finished row."""
@@ -200,7 +209,7 @@ def shift_sizes(plain: SiameseEncoder, reference: AbstractReference) -> Row:
     """Return |e(r)| over the mean |e| of the bundled text lengths, and its spread over lengths."""
     shifts, sizes = [], []
     with torch.no_grad(), evaluation_mode(plain):
-        for length in _LENGTHS:
+        for length in (n for n in _LENGTHS if n <= (plain.max_length or n)):
             text = " ".join(["dog"] * (length - plain.tokenizer.num_special_tokens_to_add()))
             features = features_to(plain.preprocess([text]), plain.device)
             shifts.append(reference.embedding(plain.split, features)[0].double())
@@ -351,7 +360,7 @@ def table(
             if row is not None:
                 lines.append(f"| {layer} | {name} {_pair_cells(row)}")
     for layer in layers:
-        rows = {n: r for n in asked if (r := store.read(n, f"layer-{layer}")) is not None}
+        rows = store.of_layer(asked, layer)
         lines += ["", f"## Layer {layer}: agreement of references", "", *_agreement_table(rows)]
         if any("faithfulness" in row for row in rows.values()):
             lines += ["", f"## Layer {layer}: faithfulness", "", *_faithfulness_table(rows)]
@@ -428,11 +437,8 @@ def _interval(values: Sequence[float] | None) -> str:
     """Return the mean of values with its 95 % bootstrap interval."""
     if values is None:
         return "–"
-    found = np.array(values)[~np.isnan(values)]
-    chooser = np.random.default_rng(0)
-    means = chooser.choice(found, (_RESAMPLES, len(found))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{found.mean():.3f} [{low:.3f}, {high:.3f}]"
+    mean, low, high = interval(values)
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Leaving tokens out: interactions and deletion are what scoring the changed texts gives."""
+"""Leaving tokens out is what scoring the changed texts gives; the study of references runs."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
+from models import TEXTS, tiny_folder, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.split import evaluation_mode
@@ -18,6 +19,7 @@ if not BENCHMARKS.is_dir():  # an installed copy has none
     pytest.skip("the repository's benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
+import references  # noqa: E402
 from faithfulness import centred, correlation, deletion, interactions, mean_state  # noqa: E402
 
 A, B = ["small", "dog", "runs"], ["cat", "in", "a", "house"]
@@ -81,3 +83,23 @@ def test_centred_matrices_have_no_main_effects() -> None:
     assert centred(matrix).mean(0).abs().max() < 1e-6
     assert correlation(centred(matrix), centred(matrix + rows + columns)) == pytest.approx(1.0)
     assert math.isnan(correlation(torch.ones(1, 2), torch.ones(1, 2)))
+    assert math.isnan(correlation(centred(matrix[:, :1]), matrix[:, 0]))
+
+
+def test_the_study_of_references_runs_goes_on_and_draws(tmp_path, capsys) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    rows = [f'"{a}","{b}",{k / 4}' for k, (a, b) in enumerate(itertools.pairwise(TEXTS))]
+    data, output = tmp_path / "pairs.csv", tmp_path / "study"
+    data.write_text("\n".join(["sentence1,sentence2,score", *rows[:4]]), encoding="utf-8")
+    arguments = ["--data", str(data), "--output", str(output), "--model", str(folder)]
+    arguments += ["--layers", "2", "--pairs", "3", "--tuned", str(folder)]
+    assert references.main([*arguments, "--references", "pad"]) == 0
+    assert references.main([*arguments, "--references", "pad,uniform"]) == 0
+    assert capsys.readouterr().out.count("pad layer-2: done") == 1
+    text = (output / "table.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| 2 | ")]
+    assert [line.split("|")[2].strip() for line in lines] == ["pad", "uniform"]
+    assert "## Layer 2: faithfulness" in text
+    assert (output / "table.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="Set --output to another folder"):
+        references.main([*arguments, "--references", "pad", "--tolerance", "1e-2"])

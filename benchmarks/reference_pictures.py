@@ -1,0 +1,90 @@
+"""One picture of a reference study: what cancels, agreement with a tuned model, faithfulness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+Row = dict[str, Any]
+_RESAMPLES = 2000
+
+
+def draw(layers: Mapping[int, Mapping[str, Row]], file: Path) -> bool:
+    """Draw a line of panels for each layer that has rows; say whether there was one.
+
+    Args:
+        layers: For each layer, the row of each reference.
+        file: The picture.
+    """
+    shown = {layer: rows for layer, rows in layers.items() if rows}
+    if not shown:
+        return False
+    figure, axes = plt.subplots(
+        len(shown), 3, figsize=(15, 4 * len(shown)), squeeze=False, layout="constrained"
+    )
+    for line, (layer, rows) in zip(axes, shown.items(), strict=True):
+        _sizes(line[0], layer, rows)
+        _agreement(line[1], layer, rows)
+        _faithfulness(line[2], layer, rows)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of the values that are there, with its 95 % bootstrap interval."""
+    found = np.array(values, dtype=float)
+    found = found[~np.isnan(found)]
+    means = np.random.default_rng(0).choice(found, (_RESAMPLES, len(found))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(found.mean()), float(low), float(high)
+
+
+def _sizes(axis: Any, layer: int, rows: Mapping[str, Row]) -> None:
+    kinds = {
+        "main effects": lambda row: np.abs(row["main_effects"]),
+        "intercept": lambda row: np.abs(row["intercept"]),
+        "|sum of pairs − score|": lambda row: np.abs(
+            np.subtract(row["sum_of_pairs"], row["score"])
+        ),
+    }
+    _bars(axis, rows, {name: [of(row) for row in rows.values()] for name, of in kinds.items()})
+    axis.set(title=f"layer {layer}: beside the pairs, mean of absolute values", ylabel="score")
+
+
+def _agreement(axis: Any, layer: int, rows: Mapping[str, Row]) -> None:
+    known = {name: row for name, row in rows.items() if "agreement" in row}
+    _bars(axis, known, {"": [row["agreement"] for row in known.values()]})
+    axis.set(title=f"layer {layer}: agreement with a tuned exact model", ylabel="Spearman")
+
+
+def _faithfulness(axis: Any, layer: int, rows: Mapping[str, Row]) -> None:
+    known = {name: row for name, row in rows.items() if "faithfulness" in row}
+    protocols = next(iter(known.values()))["faithfulness"] if known else {}
+    series = {
+        f"{protocol}, {kind}": [row["faithfulness"][protocol][kind] for row in known.values()]
+        for protocol in protocols
+        for kind in ("raw", "centred")
+    }
+    _bars(axis, known, series)
+    axis.set(title=f"layer {layer}: with leave-one-out interactions", ylabel="Spearman")
+
+
+def _bars(axis: Any, rows: Mapping[str, Row], series: Mapping[str, Sequence[Any]]) -> None:
+    places, width = np.arange(len(rows)), 0.8 / max(1, len(series))
+    for number, (label, columns) in enumerate(series.items()):
+        means = np.array([interval(values) for values in columns]).reshape(-1, 3)
+        errors = np.abs(means[:, 1:].T - means[:, 0])
+        where = places + (number - (len(series) - 1) / 2) * width
+        axis.bar(where, means[:, 0], width, yerr=errors, label=label or None, capsize=2)
+    axis.set_xticks(places, list(rows), rotation=30, ha="right")
+    axis.grid(alpha=0.3, axis="y")
+    if any(series):
+        axis.legend(fontsize="small")
