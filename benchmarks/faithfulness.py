@@ -58,9 +58,11 @@ def interactions(
 def deletion(
     encoder: SiameseEncoder, result: PairAttribution, matrix: Tensor, protocol: str, absent: Tensor
 ) -> float:
-    """Return the mean score, over the whole one, as pairs are taken out by falling entries.
+    """Return the mean score that is left as pairs are taken out by falling entries.
 
-    Both tokens of a pair are absent once it is taken out: 1, and less the more it mattered.
+    Both tokens of a pair are absent once it is taken out. It is in units of the score, since ratios
+    to a score near zero say nothing: the lower, the more the pairs mattered. The score alone where
+    a text has one token, which is never taken out.
 
     Args:
         encoder: The model.
@@ -87,7 +89,7 @@ def deletion(
     whole_a, less_a = _embedded(encoder, result.text_a, steps_a, protocol, result.layer, absent)
     whole_b, less_b = _embedded(encoder, result.text_b, steps_b, protocol, result.layer, absent)
     kept = _scores(encoder, less_a, less_b).diagonal()
-    return float((kept / _scores(encoder, whole_a, whole_b)).mean()) if len(kept) else float("nan")
+    return float(kept.mean() if len(kept) else _scores(encoder, whole_a, whole_b))
 
 
 def centred(matrix: Tensor) -> Tensor:

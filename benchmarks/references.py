@@ -387,7 +387,7 @@ def _faithfulness_table(rows: dict[str, Row]) -> list[str]:
     heads = [f"{p}: {kind}" for p in PROTOCOLS for kind in ("raw", "centred", "deletion")]
     lines = [
         "Correlation with leave-one-out interactions (higher is better), raw and double-centred;",
-        "deletion: what is left of the score, mean over steps (lower is better).",
+        "deletion: the score that is left, mean over steps (lower is better).",
         "",
         "| | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),

@@ -271,8 +271,7 @@ def _reconsider(text: PathPanels) -> None:
     room = (text.max_nodes - text.n_evaluated) // (2 * FIRST_ORDER)
     ranked = []
     for panel in text.panels:
-        assert panel.token_errors is not None
-        share = float(panel.token_errors.max())
+        share = panel.worst_token()
         ranked.append((max(share, float(panel.total_error().norm())), share, panel))
     ranked = [entry for entry in ranked if entry[2].can_improve(entry[0])]
     ranked.sort(key=lambda entry: -entry[0])

@@ -47,9 +47,13 @@ def scale_of(delta: Tensor, start: Tensor | None) -> float:
 
 
 def rule_error_of(panels: Sequence[Panel]) -> float:
-    """Return the largest estimated error of a token vector along a path that the rules make."""
-    errors = torch.stack([p.token_errors for p in panels if p.token_errors is not None]).sum(0)
-    return float(errors.max())
+    """Return the largest estimated error of a token vector along a path, noise of ends apart.
+
+    Errors of rules add; what rounding makes at steep turns of several panels is independent.
+    """
+    rules = torch.stack([p.token_errors for p in panels if p.token_errors is not None]).sum(0)
+    turns = torch.stack([p.token_rounding for p in panels if p.token_rounding is not None])
+    return float((rules + turns.norm(dim=0)).max())
 
 
 def noise_of(panels: Sequence[Panel]) -> float:
@@ -89,7 +93,8 @@ class Panel:
         least_error: Least error of the panels that it is a part of.
         stalls: Bisections in a row above it that lowered no error.
         vectors: Token vectors of the panel, [K, S], once they are evaluated.
-        token_errors: Their estimated errors, [S].
+        token_errors: Their estimated errors by the rule, [S].
+        token_rounding: Those by rounding at a steep turn, [S].
     """
 
     left: float
@@ -107,7 +112,8 @@ class Panel:
     stalls: int = 0
     vectors: Tensor | None = None
     token_errors: Tensor | None = None
-    _evaluated: tuple[Rule, Tensor | None, Tensor | None] | None = None
+    token_rounding: Tensor | None = None
+    _evaluated: tuple[Rule, Tensor | None, Tensor | None, Tensor | None] | None = None
 
     @property
     def width(self) -> float:
@@ -147,8 +153,8 @@ class Panel:
         """
         self.goal = factor * max(float(self.total_error().norm()), self.whole_noise)
         self.trials, self.is_thrifty = 0, True
-        self._evaluated = (self.rule, self.vectors, self.token_errors)
-        self.vectors = self.token_errors = None
+        self._evaluated = (self.rule, self.vectors, self.token_errors, self.token_rounding)
+        self.vectors = self.token_errors = self.token_rounding = None
 
     def misses_goal(self) -> bool:
         """Whether it has a goal and its planned error misses it by as much as is worth a trial."""
@@ -159,7 +165,7 @@ class Panel:
     def restore(self) -> None:
         """Take back what was evaluated if the rule is still the same."""
         if self._evaluated is not None and self._evaluated[0] is self.rule:
-            _, self.vectors, self.token_errors = self._evaluated
+            _, self.vectors, self.token_errors, self.token_rounding = self._evaluated
 
     def halves(self, error: float) -> list[Panel]:
         """Return both halves, which remember the error that the whole panel had."""
@@ -210,10 +216,20 @@ class Panel:
         rounded = exact.clamp_max(self.steepness)
         total = difference.sum(1).norm().clamp_min(1e-300)
         floor = min(_RATIO_FLOOR, float(total) / scale)
-        ratio = ((_RATIO_SAFETY * (exact - rounded) + rounded) / total).clamp(floor, 1)
+        differences, sizes = difference.norm(dim=0), vectors.norm(dim=0)
+        self.token_errors = differences * (_RATIO_SAFETY * (exact - rounded) / total).clamp(
+            floor, 1
+        )
         turn = torch.maximum(self.increment().norm(), exact).clamp_min(1e-300)
-        sizes = vectors.norm(dim=0)
-        self.token_errors = torch.maximum(difference.norm(dim=0) * ratio, rounded * sizes / turn)
+        self.token_rounding = torch.maximum(
+            differences * (rounded / total).clamp_max(1), rounded * sizes / turn
+        )
+
+    def worst_token(self) -> float:
+        """Return the largest estimated error of a token vector of this panel."""
+        assert self.token_errors is not None
+        assert self.token_rounding is not None
+        return float((self.token_errors + self.token_rounding).max())
 
 
 @dataclass
