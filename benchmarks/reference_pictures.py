@@ -87,4 +87,5 @@ def _bars(axis: Any, rows: Mapping[str, Row], series: Mapping[str, Sequence[Any]
     axis.set_xticks(places, list(rows), rotation=30, ha="right")
     axis.grid(alpha=0.3, axis="y")
     if any(series):
-        axis.legend(fontsize="small")
+        axis.margins(y=0.3)  # room above the bars
+        axis.legend(fontsize="small", ncols=3, loc="upper center")
