@@ -184,6 +184,27 @@ def test_refinement_ends_where_rounding_hides_a_sharp_turn(
     assert result.converged == can_converge
 
 
+@pytest.mark.parametrize("moved", [0.0, 1e-3])
+def test_noise_of_tokens_that_cancels_in_the_sum_is_reported(moved: float) -> None:
+    class Rounded(Peaked):
+        noise = torch.full((1,), 1e-5, dtype=torch.float64)
+
+        def perturbed(self):
+            other = Rounded(self.length)
+            other.shares[0] += moved
+            other.shares[1] -= moved  # no embedding moves
+            return other
+
+    group = Rounded(5)
+    (result,) = integrate_adaptive(group, 1e-8, 4096)  # type: ignore[arg-type]
+    typical = float(torch.from_numpy(peak(gauss_legendre(5).nodes.numpy())).norm(dim=1).median())
+    scale = float(group.end_embeddings.norm())
+    if moved:
+        assert result.token_error * scale >= moved * typical
+    else:
+        assert result.token_error * scale <= 1e-4
+
+
 def test_plans_do_not_depend_on_what_was_attributed_before() -> None:
     encoder = SiameseEncoder(tiny_model().double(), shift=False)
     fresh = PairAttributor(encoder, 0, cache_size=1)

@@ -43,6 +43,7 @@ _FIRST_SHARE = 0.5
 # evaluated, but a few at least.
 _NEAR_NOISE, _NOISE_SAFETY = 10.0, 2.0
 _PER_NODE, _NOISE_NODES, _MOST_NOISE_NODES = 16, 5, 24
+_TEXTS_AT_ONCE = 3  # bounds the derivatives that are held meanwhile
 _CAUTION = 0.5  # how far below the tolerance a path is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
 
@@ -83,8 +84,10 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     for text in texts:
         text.root.accept(sums[0, text.row], sums[1, text.row], text.scale)
         text.n_evaluated = rule.n_nodes
-    _measure_noise(group, texts)
-    return [_assemble(text, rule.embedded_weights is not None) for text in texts]
+    is_estimated = rule.embedded_weights is not None
+    if is_estimated:
+        _measure_noise(group, texts)
+    return [_assemble(text, is_estimated) for text in texts]
 
 
 def first_rule(group: PathGroup, tolerance: float, max_nodes: int) -> Rule:
@@ -303,15 +306,19 @@ def _measure_noise(group: PathGroup, texts: Sequence[PathPanels]) -> None:
         for text in texts
         if not text.is_rounded and rule_error_of(text.panels) <= _NEAR_NOISE * noise_of(text.panels)
     ]
-    if not near:
-        return
-    orders = [max(_NOISE_NODES, min(_MOST_NOISE_NODES, t.n_evaluated // _PER_NODE)) for t in near]
-    rows = torch.tensor([text.row for text in near]).repeat_interleave(torch.tensor(orders))
+    for first in range(0, len(near), _TEXTS_AT_ONCE):
+        _measure_noise_of(group, near[first : first + _TEXTS_AT_ONCE])
+
+
+def _measure_noise_of(group: PathGroup, texts: Sequence[PathPanels]) -> None:
+    """Measure the noise of few texts, whose derivatives are held at every node."""
+    orders = [max(_NOISE_NODES, min(_MOST_NOISE_NODES, t.n_evaluated // _PER_NODE)) for t in texts]
+    rows = torch.tensor([text.row for text in texts]).repeat_interleave(torch.tensor(orders))
     nodes = torch.cat([gauss(order).nodes for order in orders])
     arguments = (rows, nodes, torch.ones(1, len(rows)), torch.arange(len(rows)))
     moved = group.perturbed().token_sums(*arguments)
     differences = torch.split((moved - group.token_sums(*arguments))[0], orders)
-    for text, order, difference in zip(near, orders, differences, strict=True):
+    for text, order, difference in zip(texts, orders, differences, strict=True):
         typical = difference.norm(dim=1).amax(dim=1).median()
         integral = torch.einsum("n,nks->ks", gauss(order).weights, difference).norm(dim=0).max()
         text.token_noise = _NOISE_SAFETY * float(torch.minimum(typical, integral))
