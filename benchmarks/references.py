@@ -170,6 +170,8 @@ def make(
     start = time.perf_counter()
     if name == "mean":
         reference: AbstractReference = MeanReference.of(plain, list(dict.fromkeys(texts)))
+    elif name == "fitted":  # anew, whatever is kept on disk
+        reference = fit_reference(plain)
     elif name == "fitted-2":
         reference = fit_reference(plain, seed=_ANOTHER_SEED)
     elif name == "fitted-texts":

@@ -1,8 +1,16 @@
-"""Settings for the whole suite: no network, no tokenizer threads."""
+"""Settings for the whole suite: no network, no tokenizer threads, a cache folder of its own."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep solved references out of the user's own cache."""
+    os.environ["XSIAM_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -146,7 +146,8 @@ def test_layer_metrics_are_those_of_the_attributions(
 
 
 def test_reference_terms_of_an_unshifted_model(inputs: Path, tmp_path: Path) -> None:
-    result = evaluate(inputs, tmp_path, "model.shift=false", "attribution.layers=[3]")
+    settings = ("model.shift=false", "model.reference=pad", "attribution.layers=[3]")
+    result = evaluate(inputs, tmp_path, *settings)
     rows = pq.read_table(tmp_path / "attributions" / "layer_3.parquet").to_pylist()
     terms = [row["main_effects_a"] + row["main_effects_b"] + row["intercept"] for row in rows]
     for row, term in zip(rows, terms, strict=True):

@@ -114,7 +114,9 @@ def test_a_rule_that_is_too_coarse_says_so(rule: str, n_nodes: int) -> None:
 @pytest.mark.skipif("XSIAM_MPNET" not in os.environ, reason="set XSIAM_MPNET to a model folder")
 @pytest.mark.parametrize("layer", [6, 8])
 def test_the_spike_of_mpnet_is_found(layer: int) -> None:
-    encoder = SiameseEncoder.from_pretrained(os.environ["XSIAM_MPNET"], shift=False)
+    encoder = SiameseEncoder.from_pretrained(
+        os.environ["XSIAM_MPNET"], shift=False, reference="pad"
+    )
     rows = errors(encoder, layer, [SPIKE_TEXT], tolerance=1e-3)
     assert_honest(rows)
     coarse = {"quadrature": "gauss_legendre", "n_nodes": 16}

@@ -26,7 +26,7 @@ BATCH = 1e-6  # worst measured 3e-7 on unit vectors
 
 @pytest.fixture(scope="module")
 def unmodified() -> SiameseEncoder:
-    return SiameseEncoder.from_pretrained(NAME, shift=False)
+    return SiameseEncoder.from_pretrained(NAME, shift=False, reference="pad")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,15 @@ def test_the_score_of_an_unmodified_model_adds_up(unmodified: SiameseEncoder) ->
     tops = {(p.token_a, p.token_b) for p in result.top_pairs(6)}
     assert ("dog", "dog") in tops
     assert ("kitten", "cat") in tops
+
+
+def test_the_usual_reference_leaves_little_beside_the_pairs(unmodified: SiameseEncoder) -> None:
+    usual = SiameseEncoder.from_pretrained(NAME, shift=False)
+    assert usual.reference.name == "fitted"
+    result = PairAttributor(usual, 4).attribute(TEXT_A, TEXT_B)
+    assert result.converged
+    assert result.score == pytest.approx(float(unmodified.score(TEXT_A, TEXT_B)), abs=1e-6)
+    assert abs(float(result.matrix.sum()) - result.score) < 0.02  # `pad` misses by 2
 
 
 @pytest.mark.parametrize("layer", [5, 3])

@@ -14,16 +14,18 @@ from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from xsiam import PairAttributor, SiameseEncoder
-from xsiam.errors import ConvergenceWarning, InputError, ModelError
+from xsiam.errors import CheckpointError, ConvergenceWarning, InputError, ModelError
 from xsiam.references import (
     FittedReference,
     MeanReference,
     TextReference,
     VectorReference,
     fit_reference,
+    fitted,
     get_reference,
 )
 from xsiam.references.descent import minimise_in_ball
+from xsiam.references.fitted import FitOptions
 from xsiam.split import evaluation_mode
 
 CORPUS = [" ".join(WORDS[i : i + n]) for n in (2, 4, 7) for i in range(0, 20, 3)]
@@ -55,8 +57,11 @@ def test_a_minimum_within_the_ball_is_found() -> None:
     assert (found.x - 1).abs().max() < 1e-6
     assert (found.is_settled, found.at_bound) == (True, False)
     assert values == sorted(values, reverse=True)
-    short = minimise_in_ball(lambda x: rosenbrock(x).square().sum(), start, 10.0, 8)
+    short = minimise_in_ball(lambda x: rosenbrock(x).square().sum(), start, 10.0, 12)
     assert not short.is_settled
+    assert minimise_in_ball(
+        lambda x: rosenbrock(x).square().sum(), start, 10.0, 12, negligible=10.0
+    ).is_settled
     assert short.value > found.value
 
 
@@ -175,6 +180,78 @@ def test_without_shift_the_intercept_is_smaller() -> None:
         return PairAttributor(encoder, 1).attribute(TEXT_A, TEXT_B).intercept
 
     assert 0 < intercept("fitted") < intercept("uniform")
+
+
+# -- fitted once --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the fits."""
+    own, calls = fitted.fit_vector, []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr(fitted, "fit_vector", counted)
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
+def test_a_model_is_fitted_when_it_is_explained_and_only_once(fits, tmp_path: Path) -> None:
+    models = [tiny_model(), tiny_model(), tiny_model(seed=1)]
+    plain, again, another = [
+        SiameseEncoder(m, shift=False, reference=FittedReference(cache=tmp_path)) for m in models
+    ]
+    plain.score(TEXT_A, TEXT_B)
+    assert not fits
+    first = PairAttributor(plain, 1).attribute(TEXT_A, TEXT_B)
+    assert len(fits) == 1
+    second = PairAttributor(again, 1).attribute(TEXT_A, TEXT_B)  # read from disk
+    assert len(fits) == 1
+    assert torch.equal(first.matrix, second.matrix)
+    assert first.reference == second.reference
+    assert again.reference.report == plain.reference.report
+    PairAttributor(another, 1).attribute(TEXT_A, TEXT_B)
+    assert len(fits) == 2
+    assert another.reference_label != plain.reference_label
+
+
+def test_other_choices_are_other_vectors(tmp_path: Path, monkeypatch) -> None:
+    first = SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+    monkeypatch.setattr(fitted, "FitOptions", lambda: FitOptions(max_norm=0.5))
+    shorter = SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+    assert first.reference.report.max_norm == 1.0
+    assert shorter.reference.report.norm <= 0.5 + 1e-9
+
+
+def test_a_damaged_file_of_fitted_vectors_is_refused(tmp_path: Path) -> None:
+    SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+    (file,) = (tmp_path / "references").iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"Expected solved references in .* Delete .*"):
+        SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "references").write_text("a file, not a folder")
+    with pytest.warns(UserWarning, match=r"kept in memory only. Set `\$XSIAM_CACHE`"):
+        encoder = SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+    assert encoder.reference.c is not None
+
+
+def test_an_unmodified_model_starts_from_fitted(tmp_path: Path) -> None:
+    tiny_model().save(str(tmp_path))
+    assert SiameseEncoder.from_pretrained(tmp_path, shift=False).reference.name == "fitted"
+    assert SiameseEncoder.from_pretrained(tmp_path).reference.name == "pad"
+    named = SiameseEncoder.from_pretrained(tmp_path, shift=False, reference="mask")
+    assert named.reference.name == "mask"
+    model = tiny_model()
+    model[1] = Pooling(32, "mean_sqrt_len_tokens")
+    with pytest.warns(UserWarning, match=r"'pad' is taken instead of 'fitted': .* it differs by"):
+        other = SiameseEncoder(model, shift=False, reference=None)
+    assert other.reference.name == "pad"
 
 
 # -- saved and loaded ---------------------------------------------------------------------------

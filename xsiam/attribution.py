@@ -192,7 +192,7 @@ class PairAttributor:
         """What results of this attributor have in common."""
         return Settings(
             layer=self.layer,
-            reference=self.encoder.reference.label,
+            reference=self.encoder.reference_label,
             quadrature=self.quadrature,
             tolerance=self.tolerance,
             similarity=self.encoder.similarity,

@@ -37,7 +37,7 @@ def load_encoder(
     *,
     similarity: str | None,
     shift: bool | None,
-    reference: str | None,
+    reference: str | AbstractReference | None,
     normalize: bool | None,
     **loading: Any,
 ) -> SiameseEncoder:
@@ -60,12 +60,16 @@ def load_encoder(
     }
     saved = _saved_reference(settings)
     settings |= {key: value for key, value in given.items() if value is not None}
-    if saved is None or reference not in (None, saved.name):
-        saved = get_reference(settings.get("reference") or "pad")
+    is_another = saved is None or reference not in (None, saved.name)
+    if is_another and settings.get("reference"):
+        saved = get_reference(settings["reference"])
+    shift = settings.get("shift")
+    if shift is None:
+        shift = saved is None or saved.can_shift
     return SiameseEncoder(
         model,
         similarity=settings.get("similarity"),
-        shift=saved.can_shift if settings.get("shift") is None else bool(settings["shift"]),
+        shift=bool(shift),
         reference=saved,
         normalize=settings.get("normalize"),
     )

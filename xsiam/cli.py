@@ -111,7 +111,8 @@ def _add_attributor(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-nodes", type=int, default=4096)
     command.add_argument(
         "--reference",
-        help="pad, uniform, fitted, neutral, mask or unk (default: the model's, else pad)",
+        help="pad, uniform, fitted, neutral, mask or unk (default: the model's own; else pad with "
+        "a shift, fitted without)",
     )
     command.add_argument(
         "--shift",
@@ -330,9 +331,9 @@ def _index_explain(arguments: argparse.Namespace) -> None:
     ids = _read_ids(arguments.docs)
     _hide_loading_bars()
     manifest = TokenVectorIndex.load(arguments.index).manifest
-    for name in ("layer", "reference", "shift", "similarity", "tolerance"):
+    for name in ("layer", "shift", "similarity", "tolerance"):
         setattr(arguments, name, getattr(manifest.settings, name))
-    arguments.reference = arguments.reference.partition(":")[0]  # the index looks at all of it
+    arguments.reference = manifest.reference()
     index = TokenVectorIndex(arguments.index, manifest, _attributor(arguments))
     for i, result in zip(ids, index.explain(arguments.query, ids, arguments.role), strict=True):
         print(f"text {i}: {result.text_b}")

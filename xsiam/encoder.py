@@ -20,6 +20,7 @@ from xsiam.references import (
     ReferenceRows,
     get_reference,
     pad_id,
+    recommended_reference,
     row_keys,
 )
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
@@ -58,7 +59,9 @@ class SiameseEncoder(nn.Module):
             kept.
         similarity: "cos" or "dot"; None takes the model's own similarity function.
         shift: Whether to subtract the reference embedding.
-        reference: A registered name ("pad", "uniform", "fitted", …) or a reference object.
+        reference: A registered name ("pad", "uniform", "fitted", …) or a reference object. None is
+            what is recommended: `pad`, the published one, with a shift; without one `fitted`, or
+            `pad`, with a warning, where the model does not allow that.
         normalize: Whether the embedding ends in a Normalize; None keeps what the model has.
 
     Raises:
@@ -76,18 +79,18 @@ class SiameseEncoder(nn.Module):
         *,
         similarity: str | None = None,
         shift: bool = True,
-        reference: str | AbstractReference = "pad",
+        reference: str | AbstractReference | None = "pad",
         normalize: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.similarity = _head(model, similarity)
         self.shift = shift
-        self.reference = get_reference(reference)
-        if shift and not self.reference.can_shift:
+        given = None if reference is None else get_reference(reference)
+        if shift and given is not None and not given.can_shift:
             raise InputError(
-                f"Expected no shift with reference {self.reference.name!r}, whose embedding is "
-                "nothing already, but got shift=True. Set `model.shift=false`."
+                f"Expected no shift with reference {given.name!r}, whose embedding is nothing "
+                "already, but got shift=True. Set `model.shift=false`."
             )
         modules = list(model.children())
         _check_modules(modules)
@@ -100,8 +103,11 @@ class SiameseEncoder(nn.Module):
         pad_id(self.tokenizer)  # needed by every batch
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
+        self.reference = given or recommended_reference(self.split, probe, shift=shift)
         self.reference.prepare(self.split, probe)
         self.reference.check(self.split, probe)
+        if shift:
+            self.reference.complete(self.split)
         with torch.no_grad(), evaluation_mode(self.model):
             self.embedding_dim: int = self.split.embed(probe)[:, : model.truncate_dim].shape[1]
 
@@ -112,7 +118,7 @@ class SiameseEncoder(nn.Module):
         *,
         similarity: str | None = None,
         shift: bool | None = None,
-        reference: str | None = None,
+        reference: str | AbstractReference | None = None,
         normalize: bool | None = None,
         max_length: int | None = None,
         truncate_dim: int | None = None,
@@ -125,7 +131,8 @@ class SiameseEncoder(nn.Module):
 
         Also loads our own ``.ckpt`` files and exports, and the reference code's checkpoint folders
         and archives. What the source records (similarity, shift, reference) is kept; arguments that
-        are given win; a plain model becomes a shifted encoder with the ``pad`` reference.
+        are given win; a plain model becomes a shifted encoder with the ``pad`` reference, with
+        ``shift=False`` an unmodified one with the ``fitted`` reference.
 
         Raises:
             ModelError: If there is no such model or it cannot be used, with the reason.
@@ -281,6 +288,12 @@ class SiameseEncoder(nn.Module):
     def roles(self) -> tuple[str, ...]:
         """The role names that texts can have, besides None."""
         return tuple(dict.fromkeys(["query", "document", *self.model.prompts]))
+
+    @property
+    def reference_label(self) -> str:
+        """The reference's name, with digits that tell it from others of its name where needed."""
+        self.reference.complete(self.split)
+        return self.reference.label
 
     @property
     def model_fingerprint(self) -> str:

@@ -51,6 +51,7 @@ def describe(
         normalize=encoder.normalize,
         n_nodes=None if rule is None else len(rule.nodes),
         settings=attributor.settings,
+        reference_state=encoder.reference.state(encoder.split, encoder._probe_features()) or None,
     )
 
 

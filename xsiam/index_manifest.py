@@ -16,6 +16,7 @@ import torch
 
 from xsiam.combination import Settings
 from xsiam.errors import CheckpointError, InputError
+from xsiam.references import REFERENCES, AbstractReference
 
 FORMAT = "xsiam token vector index"
 FORMAT_VERSION = 1
@@ -42,6 +43,7 @@ class Manifest:
         normalize: Whether the encoder ends in a Normalize.
         n_nodes: Nodes of a fixed rule; None for the adaptive one.
         settings: Of the attributor.
+        reference_state: What the reference was saved with beside its name, or None.
     """
 
     xsiam: str
@@ -57,6 +59,12 @@ class Manifest:
     normalize: bool
     n_nodes: int | None
     settings: Settings
+    reference_state: dict[str, Any] | None = None
+
+    def reference(self) -> AbstractReference:
+        """Return the reference that token vectors start from, with its own vector if it has one."""
+        kind = REFERENCES[self.settings.reference.partition(":")[0]]
+        return kind.from_state(self.reference_state or {})
 
     @property
     def n_shards(self) -> int:
@@ -72,6 +80,7 @@ class Manifest:
         """Return everything that must agree, in one flat dictionary; the version need not."""
         plain = dataclasses.asdict(self)
         plain.pop("xsiam")
+        plain.pop("reference_state")  # its label is among the settings
         settings: dict[str, Any] = plain.pop("settings")
         # Another model explains all other differences, so it is looked at first.
         return {"model_fingerprint": settings.pop("model_fingerprint"), **settings, **plain}

@@ -119,7 +119,7 @@ class LayerStore:
             "layer": layer,
             "attribution": settings,
             "model": [encoder.model_fingerprint, repr(encoder.model), str(encoder.dtype)],
-            "head": [encoder.similarity, encoder.shift, encoder.reference.label, encoder.normalize],
+            "head": [encoder.similarity, encoder.shift, encoder.reference_label, encoder.normalize],
             "texts": [encoder.max_length, encoder.model.truncate_dim],
             "prompts": [encoder.model.prompts, encoder.model.default_prompt_name, self.roles],
             "pairs": [self.rows, self.chosen.texts_a, self.chosen.texts_b],

@@ -5,7 +5,9 @@ of an AMD processor idle; oneDNN, which PyTorch ships too and compiled models us
 compute in float32 and differ by rounding only. ``benchmarks/attribution.py`` measures both.
 
 Processors and GPUs with matrix units multiply several times faster where factors are rounded to
-bfloat16 or TF32; sums stay float32. :mod:`xsiam.integrator` decides where that is allowed.
+bfloat16 or TF32; sums stay float32. Processors with bfloat16 products but no matrix units become
+twice as fast; PyTorch rounds for them where tensors are bfloat16 only, so that is done here.
+:mod:`xsiam.integrator` decides where rounding is allowed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     kernel = _ONEDNN
     if kernel is None or x.dtype != torch.float32 or x.device.type != "cpu":
         return nn.functional.linear(x, weight, bias)
+    if _ROUNDS_HERE and _is_rounding() and x.numel() >= _ROWS_TO_ROUND * x.shape[-1]:
+        rounded = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
+        return nn.functional.linear(*rounded).float()
     return kernel(x.contiguous(), weight, bias, "none", [], "")
 
 
@@ -68,6 +73,10 @@ def rounded_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _is_rounding() -> bool:
+    return torch.get_float32_matmul_precision() == "medium"
+
+
 def _is_plain(args: tuple[Any, ...]) -> bool:
     return not torch.is_grad_enabled() and all(
         arg is None
@@ -85,4 +94,14 @@ def _onednn() -> _Kernel | None:
     return kernel
 
 
+def _rounds_here() -> bool:
+    """Whether this processor has bfloat16 products that oneDNN takes for bfloat16 tensors only."""
+    has_units: bool = torch.cpu._is_amx_tile_supported()
+    has_products: bool = torch.cpu._is_avx512_bf16_supported()
+    return has_products and not has_units
+
+
 _ONEDNN = _onednn()
+_ROUNDS_HERE = _rounds_here()
+# Fewer rows do not earn back the rounding of the weights.
+_ROWS_TO_ROUND = 128

@@ -9,19 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+_PIECE = 2**17  # values of a tensor at a time: the numbers they are held against stay in cache
+
 
 class WeightsWatch:
     """Tell cheaply whether a module still computes what it computed before.
 
-    The key holds, for every parameter and buffer, its storage address, version counter and a random
-    bilinear form of its values; and the state of any adapters. In-place updates by an optimizer
-    raise the version, ``load_state_dict`` too; writes through ``.data`` do neither but change the
-    form.
+    The key holds, for every parameter and buffer, its storage address, version counter and inner
+    products of its values with random numbers; and the state of any adapters. In-place updates by
+    an optimizer raise the version, ``load_state_dict`` too; writes through ``.data`` do neither but
+    change the products.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._ramps: dict[tuple[int, torch.device], Tensor] = {}
+        self._ramps: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._fingerprint: tuple[Hashable, str] | None = None
         self._held: Hashable = None
 
@@ -41,8 +43,8 @@ class WeightsWatch:
             return self._held
         tensors = list(self._module.parameters()) + list(self._module.buffers())
         with torch.no_grad():
-            forms = [self._form(tensor) for tensor in tensors]
-            values = torch.stack(forms).cpu().view(torch.int32).tolist() if forms else []
+            forms = [self._forms(tensor) for tensor in tensors if tensor.numel()]
+            values = torch.cat(forms).cpu().view(torch.int32).tolist() if forms else []
         storage = tuple(
             (t.data_ptr(), -1 if t.is_inference() else t._version, t.dtype, t.shape)
             for t in tensors
@@ -61,22 +63,20 @@ class WeightsWatch:
             self._fingerprint = (key, digest.hexdigest()[:16])
         return self._fingerprint[1]
 
-    def _form(self, tensor: Tensor) -> Tensor:
-        """Return uᵀTv for fixed random u and v, never the same, as a float32 number."""
-        values = tensor.detach()
-        matrix = values.reshape(len(values), -1) if values.ndim > 1 else values.reshape(1, -1)
-        if not matrix.is_floating_point():
-            matrix = matrix.float()
-        u = self._ramp(matrix.shape[0], matrix).to(matrix.dtype)
-        v = self._ramp(2 * matrix.shape[1], matrix).to(matrix.dtype)[: matrix.shape[1]]
-        return (u @ (matrix @ v)).float()
+    def _forms(self, tensor: Tensor) -> Tensor:
+        """Return inner products with fixed random numbers, piece by piece, as float32 [pieces]."""
+        values = tensor.detach().reshape(-1)
+        if values.dtype not in (torch.float32, torch.float64):
+            values = values.float()
+        ramp = self._ramp(values)
+        forms = [torch.dot(piece, ramp[: len(piece)]) for piece in torch.split(values, _PIECE)]
+        return torch.stack(forms).float()
 
-    def _ramp(self, length: int, like: Tensor) -> Tensor:
-        key = (length, like.device)
+    def _ramp(self, like: Tensor) -> Tensor:
+        key = (like.dtype, like.device)
         if key not in self._ramps:
-            generator = torch.Generator().manual_seed(length)
-            ramp = torch.rand(length, generator=generator) + 0.5
-            self._ramps[key] = ramp.to(like.device)
+            generator = torch.Generator().manual_seed(0)
+            self._ramps[key] = (torch.rand(_PIECE, generator=generator) + 0.5).to(like)
         return self._ramps[key]
 
     def _adapters(self) -> Hashable:

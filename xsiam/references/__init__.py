@@ -23,6 +23,7 @@ from xsiam.references.base import (
     register_reference,
     row_keys,
 )
+from xsiam.references.choice import recommended_reference
 from xsiam.references.fitted import FitReport, FittedReference, fit_reference
 from xsiam.references.neutral import NeutralReference
 from xsiam.references.solutions import SolutionReport
@@ -47,6 +48,7 @@ __all__ = [
     "fit_reference",
     "get_reference",
     "pad_id",
+    "recommended_reference",
     "register_reference",
     "row_keys",
 ]

@@ -64,6 +64,16 @@ class AbstractReference(ABC):
             features: Features of one short text of ours.
         """
 
+    def complete(  # noqa: B027 - may stay empty
+        self, split: SplitModel, *, progress: bool = False
+    ) -> None:
+        """Make what :meth:`prepare` put off, since it takes seconds that not everyone needs.
+
+        Args:
+            split: The model.
+            progress: Whether to show a progress bar.
+        """
+
     def make_ready(  # noqa: B027 - may stay empty
         self, split: SplitModel, layer: int, batch: Sequence[Features], *, progress: bool = False
     ) -> None:

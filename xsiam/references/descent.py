@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Settled: the last quarter of the evaluations lowered the value by no more than this share.
+# Settled: the last quarter of the evaluations lowered the value by no more than this share, or its
+# root by no more than is asked for.
 _SETTLED, _LAST_PART, _FEWEST = 0.02, 0.25, 12
 _HISTORY = 30
 _EVALUATIONS_PER_ITERATION = 1.5
@@ -24,7 +25,8 @@ class Minimum:
         value: The function there.
         iterations: Steps.
         is_settled: Whether more steps would hardly lower the value: the last quarter of them did
-            not, or there was none that did, or the target was met.
+            not (by a fiftieth, or its root by what is negligible), or there was none that did, or
+            the target was met.
         at_bound: Whether |x| is the radius.
     """
 
@@ -42,6 +44,7 @@ def minimise_in_ball(
     max_iterations: int,
     on_step: Callable[[float], None] | None = None,
     target: float = 0.0,
+    negligible: float = 0.0,
 ) -> Minimum:
     """Minimise a function, which is not negative, over |x| ≤ radius.
 
@@ -55,6 +58,7 @@ def minimise_in_ball(
         max_iterations: Most steps.
         on_step: Called with the best value so far after every evaluation.
         target: A value that ends the search.
+        negligible: Change of the value's root that does not matter: see :class:`Minimum`.
 
     References:
         Liu and Nocedal, "On the limited memory BFGS method for large scale optimization" (1989).
@@ -91,7 +95,8 @@ def minimise_in_ball(
         optimizer.step(evaluate)  # type: ignore[no-untyped-call]
     iterations = int(optimizer.state[free]["n_iter"])
     before = values[math.floor((1 - _LAST_PART) * (len(values) - 1))]
-    flat = len(values) >= _FEWEST and before <= (1 + _SETTLED) * best_value
+    little = max((1 + _SETTLED) * best_value, (math.sqrt(best_value) + negligible) ** 2)
+    flat = len(values) >= _FEWEST and before <= little
     ended = iterations < max_iterations and len(values) < most
     return Minimum(
         x=best_x,

@@ -17,18 +17,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xsiam.errors import ConvergenceWarning, InputError
 from xsiam.jacobian import exact_numerics
 from xsiam.references.base import register_reference
 from xsiam.references.descent import Minimum, minimise_in_ball
+from xsiam.references.solutions import read_vectors, vectors_file, write_vectors
 from xsiam.references.uniform import UniformReference, VectorReference, features_of_length
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to
 from xsiam.texts import check_texts
+from xsiam.weights import WeightsWatch
 
 if TYPE_CHECKING:
     from xsiam.encoder import SiameseEncoder
@@ -42,6 +45,9 @@ _FIRST_LOOK = 4  # every start gets this part of the iterations, then the best o
 _CANDIDATES = 512  # tokens of the vocabulary that are looked at for starts
 _MOST_PAIRS = 2000
 _NEGLIGIBLE = 1e-5  # |e(c)| of this share of a text's needs no improvement
+# A search has settled where its last quarter changed |e(c)| by less than this share of a text's, or
+# scores by less than this.
+_SETTLED_SHARE, _SETTLED_SCORE = 1e-2, 1e-3
 _CANDIDATES_AT_ONCE = 64
 
 
@@ -64,6 +70,11 @@ class FitOptions:
             if isinstance(value, bool) or not 0 < value < float("inf"):
                 raise InputError(f"Expected `{name}` to be positive, but got {value!r}.")
 
+    @property
+    def key(self) -> str:
+        """Names these choices among the fitted vectors of a model."""
+        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
+
 
 @dataclass(frozen=True)
 class FitReport:
@@ -76,7 +87,8 @@ class FitReport:
         norm: |c| over that of the embedding of PAD.
         max_norm: What it was allowed to be.
         at_bound: Whether it is that.
-        converged: Whether the search had settled: its last quarter lowered |e(c)| by 1 % at most.
+        converged: Whether the search had settled: its last quarter lowered |e(c)| by 1 % of itself
+            or of a text's embedding at most (with texts, the difference of scores by 1 % or 0.001).
         iterations: Steps, over all searches.
         n_starts: Starts.
         seed: Of the choice of starts.
@@ -105,28 +117,84 @@ class FitReport:
 class FittedReference(VectorReference):
     """One vector c with |e(c)| as small as can be, at every position (ours).
 
-    Without a vector it is fitted to the model when an encoder is made with it, in seconds.
-    :func:`fit_reference` has the choices.
+    Without a vector it is fitted to the model in seconds: when an encoder that shifts is made with
+    it, else when it is first needed. It is kept on disk for each set of weights and floating point
+    type. :func:`fit_reference` has the choices.
 
     Args:
         vector: c, [D], or None to fit it.
         report: How it was fitted.
+        cache: Folder of fitted vectors; None is `$XSIAM_CACHE`, else `~/.cache/xsiam`.
     """
 
     name = "fitted"
 
-    def __init__(self, vector: Tensor | None = None, report: FitReport | None = None) -> None:
+    def __init__(
+        self,
+        vector: Tensor | None = None,
+        report: FitReport | None = None,
+        *,
+        cache: str | Path | None = None,
+    ) -> None:
         super().__init__(vector)
         self.report = report
+        self.cache = None if cache is None else Path(cache)
+        self._probe: Features | None = None
 
     def prepare(self, split: SplitModel, features: Features) -> None:
-        """Fit the vector where there is none."""
+        """Remember a text of ours, to fit the vector with."""
+        self._probe = features
+
+    def check(self, split: SplitModel, features: Features) -> None:
+        """Raise ModelError where e(r) depends on the length or the vector is another model's."""
         if self.c is None:
-            fitted = fit_vector(split, features)
-            self.c, self.report = fitted.c, fitted.report
+            UniformReference().check(split, features)
+        else:
+            super().check(split, features)
+
+    def complete(self, split: SplitModel, *, progress: bool = False) -> None:
+        """Fit the vector where there is none, or read the one that was fitted to these weights.
+
+        Raises:
+            CheckpointError: If the file of fitted vectors is damaged.
+
+        Warns:
+            ConvergenceWarning: If the search had not settled; the best vector is kept and flagged.
+            UserWarning: If it cannot be kept on disk.
+        """
+        if self.c is not None:
+            return
+        assert self._probe is not None
+        weight = next(p for p in split.model.parameters() if p.is_floating_point())
+        fingerprint = WeightsWatch(nn.ModuleList(split.modules)).fingerprint()
+        dtype = str(weight.dtype).removeprefix("torch.")
+        file = vectors_file(self.cache, self.name, fingerprint, dtype)
+        options = FitOptions()
+        known = read_vectors(file, fingerprint).get(options.key)
+        if known is None:
+            with torch.inference_mode(False):
+                probe = features_to(self._probe, weight.device)
+                found = fit_vector(split, probe, options, progress=progress)
+            assert found.c is not None
+            assert found.report is not None
+            known = found.c, dataclasses.asdict(found.report)
+            write_vectors(file, fingerprint, {options.key: known})
+        self.c, self.report = known[0], FitReport(**known[1])
+
+    def make_ready(
+        self, split: SplitModel, layer: int, batch: Sequence[Features], *, progress: bool = False
+    ) -> None:
+        """Fit the vector where there is none: it serves every layer and length."""
+        self.complete(split, progress=progress)
+
+    def vector(self, split: SplitModel, single: Features) -> Tensor:
+        """Return c as [1, 1, D], fitted now at the latest."""
+        self.complete(split)
+        return super().vector(split, single)
 
     def state(self, split: SplitModel, features: Features) -> dict[str, Any]:
         """Return the vector, e(c), and how it was fitted."""
+        self.complete(split)
         report = None if self.report is None else dataclasses.asdict(self.report)
         return super().state(split, features) | {"report": report}
 
@@ -221,12 +289,14 @@ def fit_vector(
         token = _OneToken(split, features)
         scale = float(split.embed(features)[0].norm())
         radius = options.max_norm * float(token.pad.norm())
-        best, iterations = _smallest(token, options, radius, _NEGLIGIBLE * scale, tell)
+        best, iterations = _smallest(token, options, radius, scale, tell)
         difference = None
         if embeddings is not None:
             scores = _Scores(token, embeddings, is_cosine, options.seed)
             n_steps = options.max_iterations
-            best = minimise_in_ball(scores.mean_square, best.x, radius, n_steps, tell)
+            best = minimise_in_ball(
+                scores.mean_square, best.x, radius, n_steps, tell, negligible=_SETTLED_SCORE
+            )
             iterations += best.iterations
             difference = math.sqrt(best.value)
         residual = float(token.embedding(best.x).norm())
@@ -254,18 +324,20 @@ def _smallest(
     token: _OneToken,
     options: FitOptions,
     radius: float,
-    negligible: float,
+    scale: float,
     tell: Callable[[float], None],
 ) -> tuple[Minimum, int]:
     """Return the vector of smallest |e| that the most promising start leads to, and all steps."""
     few = math.ceil(options.max_iterations / _FIRST_LOOK)
-    target = negligible**2
+    target = (_NEGLIGIBLE * scale) ** 2
     looks = [
         minimise_in_ball(token.square, start, radius, few, tell, target)
         for start in token.starts(options.n_starts, radius, options.seed)
     ]
     start = min(looks, key=lambda look: look.value).x
-    best = minimise_in_ball(token.square, start, radius, options.max_iterations, tell, target)
+    little = _SETTLED_SHARE * scale
+    n_steps = options.max_iterations
+    best = minimise_in_ball(token.square, start, radius, n_steps, tell, target, little)
     return best, best.iterations + sum(look.iterations for look in looks)
 
 

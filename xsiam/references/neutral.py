@@ -32,7 +32,7 @@ from xsiam.references.solutions import (
     SolutionReport,
     on_cpu,
     read_solutions,
-    solutions_file,
+    vectors_file,
     write_solutions,
 )
 from xsiam.references.tokens import PadReference
@@ -154,22 +154,10 @@ class NeutralReference(AbstractReference):
             with exact_numerics(device), evaluation_mode(split.model):
                 found = _solve(split, layer, missing, known, probe, progress)
             known |= found
-            self._write(file, self._fingerprint(split), found)
+            write_solutions(file, self._fingerprint(split), found)
         news = [key for key in asked if (file, key) not in self._told]
         self._told.update((file, key) for key in news)
         _warn_unconverged([known[key].report for key in news], layer)
-
-    @staticmethod
-    def _write(file: Path, fingerprint: str, found: Mapping[str, Solution]) -> None:
-        try:
-            write_solutions(file, fingerprint, found)
-        except OSError as error:
-            warnings.warn(
-                f"Expected to keep solved references in {file}, but: {error}. They are kept in "
-                "memory only. Set `$XSIAM_CACHE` to a folder that can be written.",
-                UserWarning,
-                stacklevel=5,
-            )
 
     def _solutions(self, split: SplitModel, layer: int) -> dict[str, Solution]:
         file = self._file(split, layer)
@@ -180,7 +168,7 @@ class NeutralReference(AbstractReference):
     def _file(self, split: SplitModel, layer: int) -> Path:
         dtype = str(next(split.model.parameters()).dtype).removeprefix("torch.")
         fingerprint = self._fingerprint(split)
-        return solutions_file(self.cache, self.name, fingerprint, layer, dtype)
+        return vectors_file(self.cache, f"{self.name}-layer-{layer}", fingerprint, dtype)
 
     def _fingerprint(self, split: SplitModel) -> str:
         if self._watch is None:

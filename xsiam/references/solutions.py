@@ -1,13 +1,15 @@
-"""Solved references on disk: one safetensors file for each set of weights and layer."""
+"""Vectors that references were solved for, on disk: a safetensors file for each set of weights."""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,15 +56,13 @@ def cache_folder(folder: Path | None) -> Path:
     return root / "references"
 
 
-def solutions_file(
-    folder: Path | None, name: str, fingerprint: str, layer: int, dtype: str
-) -> Path:
-    """Return the file of the solutions of one model at one layer."""
-    return cache_folder(folder) / f"{name}-{fingerprint}-layer-{layer}-{dtype}.safetensors"
+def vectors_file(folder: Path | None, name: str, fingerprint: str, dtype: str) -> Path:
+    """Return the file of what a reference keeps of one model."""
+    return cache_folder(folder) / f"{name}-{fingerprint}-{dtype}.safetensors"
 
 
-def read_solutions(path: Path, fingerprint: str) -> dict[str, Solution]:
-    """Return the solutions of a file by key; none where it does not exist.
+def read_vectors(path: Path, fingerprint: str) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Return the vectors of a file by key, each with its report; none where it does not exist.
 
     Raises:
         CheckpointError: If the file is damaged, of another format, or of another model.
@@ -88,21 +88,56 @@ def read_solutions(path: Path, fingerprint: str) -> dict[str, Solution]:
             f"Expected references of the model {fingerprint}, but {path} has those of "
             f"{facts['fingerprint']}. {remedy}"
         )
-    reports = {key: SolutionReport(**values) for key, values in facts["reports"].items()}
-    if set(reports) != set(tensors):
+    if set(facts["reports"]) != set(tensors):
         raise CheckpointError(f"Expected a report for every reference in {path}. {remedy}")
-    return {key: Solution(tensors[key], reports[key]) for key in tensors}
+    return {key: (tensors[key], facts["reports"][key]) for key in tensors}
+
+
+def write_vectors(
+    path: Path, fingerprint: str, vectors: Mapping[str, tuple[Tensor, Mapping[str, Any]]]
+) -> None:
+    """Write a file that appears as a whole or not at all, with what is in it already.
+
+    Warns:
+        UserWarning: If that is not possible: what was found then serves this process only.
+    """
+    try:
+        _write(path, fingerprint, {**read_vectors(path, fingerprint), **vectors})
+    except OSError as error:
+        warnings.warn(
+            f"Expected to keep solved references in {path}, but: {error}. They are kept in memory "
+            "only. Set `$XSIAM_CACHE` to a folder that can be written.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def read_solutions(path: Path, fingerprint: str) -> dict[str, Solution]:
+    """Return the solutions of a file by key: see :func:`read_vectors`."""
+    found = read_vectors(path, fingerprint)
+    return {key: Solution(some, SolutionReport(**facts)) for key, (some, facts) in found.items()}
 
 
 def write_solutions(path: Path, fingerprint: str, solutions: Mapping[str, Solution]) -> None:
-    """Write a file that appears as a whole or not at all, with what is in it already."""
-    solutions = {**read_solutions(path, fingerprint), **solutions}
+    """Write solutions: see :func:`write_vectors`."""
+    vectors = {key: (found.vectors, asdict(found.report)) for key, found in solutions.items()}
+    write_vectors(path, fingerprint, vectors)
+
+
+def on_cpu(vectors: Tensor) -> Tensor:
+    """Return vectors as they are kept."""
+    return vectors.detach().to("cpu", torch.float64)
+
+
+def _write(
+    path: Path, fingerprint: str, vectors: Mapping[str, tuple[Tensor, Mapping[str, Any]]]
+) -> None:
     facts = {
         "version": FORMAT_VERSION,
         "fingerprint": fingerprint,
-        "reports": {key: asdict(solution.report) for key, solution in solutions.items()},
+        "reports": {key: dict(report) for key, (_, report) in vectors.items()},
     }
-    tensors = {key: solution.vectors.clone() for key, solution in solutions.items()}
+    tensors = {key: some.clone() for key, (some, _) in vectors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.part")
     try:
@@ -110,8 +145,3 @@ def write_solutions(path: Path, fingerprint: str, solutions: Mapping[str, Soluti
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def on_cpu(vectors: Tensor) -> Tensor:
-    """Return vectors as they are kept."""
-    return vectors.detach().to("cpu", torch.float64)
