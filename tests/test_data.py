@@ -20,6 +20,7 @@ from torch.utils.data import DistributedSampler
 
 from xsiam.data import PairDataModule, PairDataset, load_pairs
 from xsiam.errors import InputError
+from xsiam.pairs import text_id
 from xsiam.sampling import LengthBucketSampler, ShardedEvaluationSampler
 
 COLUMNS = {
@@ -234,6 +235,105 @@ def test_two_label_columns_are_ambiguous(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 'score' and 'label'. Set `data.column_label`"):
         load_pairs(path)
     assert load_pairs(path, column_label="label").labels == [1.0]
+
+
+# ---------------------------------------------------------------- negatives
+
+
+def test_negatives_are_found_by_convention_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    header = "negative_10,anchor,Negative_2,positive,negative,negatively,negative_x"
+    path = csv(tmp_path, "ten,a,two,b,first,no,no", header=header)
+    pairs = load_pairs(path, labels="forbidden", negatives="optional")
+    assert pairs.negatives == {"negative": ["first"], "Negative_2": ["two"], "negative_10": ["ten"]}
+    assert pairs.extra == {"negatively": ["no"], "negative_x": ["no"]}
+    assert (pairs.texts_a, pairs.texts_b) == (["a"], ["b"])
+
+
+def test_negatives_are_named_in_the_order_given(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,x,y,z", header="anchor,positive,one,two,negative")
+    pairs = load_pairs(
+        path, labels="forbidden", negatives="required", columns_negative=["two", "one"]
+    )
+    assert pairs.negatives == {"two": ["y"], "one": ["x"]}
+    assert pairs.extra == {"negative": ["z"]}
+
+
+def test_negative_rules(tmp_path: Path) -> None:
+    header = "anchor,positive,negative"
+    triplets = csv(tmp_path, "a,b,c", header=header)
+    bare = csv(tmp_path, "a,b", header="anchor,positive", name="bare.csv")
+
+    def load(path: Path, rule: Any, named: list[str] | None = None) -> dict[str, list[str]]:
+        return load_pairs(
+            path, labels="forbidden", negatives=rule, columns_negative=named
+        ).negatives
+
+    assert load(triplets, "optional") == load(triplets, "required") == {"negative": ["c"]}
+    assert load(triplets, "available") == load(triplets, "available", ["negative"])
+    assert load(bare, "optional") == load(bare, "forbidden") == load(bare, "unused") == {}
+    assert load(triplets, "forbidden", []) == load(triplets, "optional", []) == {}
+    assert load(bare, "available", ["other"]) == {}
+    unused = load_pairs(triplets, labels="forbidden")
+    assert (unused.negatives, unused.extra) == ({}, {"negative": ["c"]})
+    with pytest.raises(
+        InputError, match=r"since the objective uses none.*has 'negative'.*`data.columns_neg"
+    ):
+        load(triplets, "forbidden")
+    with pytest.raises(InputError, match=r"these pairs are used with none.*has 'negative'"):
+        load(triplets, "unused", ["negative"])
+    with pytest.raises(
+        InputError, match=r"needs them.*has the columns 'anchor', 'positive'.*is None. Set `data.c"
+    ):
+        load(bare, "required")
+    with pytest.raises(InputError, match=r"`data.columns_negative` is \[\]"):
+        load(triplets, "required", [])
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (["negativ"], r"`data.columns_negative` to be a column.*got 'negativ'.*'negative'"),
+        (["positive"], r"'anchor' and 'positive', but got 'positive' in \['positive'\]"),
+        (["negative", "negative"], r"once .* but got 'negative' in"),
+    ],
+)
+def test_wrong_negative_columns(tmp_path: Path, named: list[str], message: str) -> None:
+    path = csv(tmp_path, "a,b,c", header="anchor,positive,negative")
+    with pytest.raises(InputError, match=message):
+        load_pairs(path, labels="forbidden", negatives="optional", columns_negative=named)
+
+
+def test_negative_columns_with_the_same_number_are_refused(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,c,d", header="anchor,positive,negative_1,negative_01")
+    with pytest.raises(InputError, match=r"has 'negative_1' and 'negative_01'. Set `data.columns"):
+        load_pairs(path, labels="forbidden", negatives="optional")
+
+
+def test_label_column_that_is_one_of_negatives_is_refused(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,c", header="anchor,positive,negative")
+    with pytest.raises(InputError, match=r"apart.*'negative'"):
+        load_pairs(path, negatives="optional", column_label="negative")
+
+
+def test_empty_negative_is_named_with_its_row(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,c", "a,b,", header="anchor,positive,negative")
+    with pytest.raises(InputError, match=r"'negative'.*an empty text in data row 2 \(line 3\)"):
+        load_pairs(path, labels="forbidden", negatives="optional")
+
+
+def test_selection_and_lengths_include_negatives() -> None:
+    pairs = PairDataset(["a", "bb"], ["c", "d"], negatives={"negative": ["xyz", "uvwx"]})
+    assert pairs.lengths == [5, 7]
+    assert pairs.select([1]).negatives == {"negative": ["uvwx"]}
+    assert pairs[1] == {"a": ["bb"], "b": ["d"], "index": [1], "negatives": [["uvwx"]]}
+
+
+def test_number_of_a_text_is_the_same_everywhere() -> None:
+    texts = ["", "a", "A", " a", "naïve 東京", "\ud800"]
+    numbers_of = [text_id(text) for text in texts]
+    assert len(set(numbers_of)) == len(texts)
+    assert all(-(2**63) <= number < 2**63 for number in numbers_of)
+    assert text_id("a") == 4681665781835383343  # not Python's hash, which differs by process
 
 
 # ---------------------------------------------------------------- bad rows
@@ -480,6 +580,64 @@ def test_label_rules_by_split(tmp_path: Path) -> None:
         PairDataModule(preprocess, train=labelled, needs_label=False).setup("fit")
 
 
+def test_negative_rules_by_split(tmp_path: Path) -> None:
+    triplets = csv(tmp_path, "a,b,c", "d,e,f", header="anchor,positive,negative")
+    bare = csv(tmp_path, "a,b", "c,d", header="anchor,positive", name="bare.csv")
+
+    def data(train: Path, validation: Path, rule: Any, **more: Any) -> PairDataModule:
+        module = PairDataModule(
+            preprocess,
+            train=train,
+            validation=validation,
+            needs_label=False,
+            negatives=rule,
+            **more,
+        )
+        module.setup("fit")
+        return module
+
+    assert data(triplets, bare, "required").pairs("validation").negatives == {}
+    both = data(bare, triplets, "optional")
+    assert [len(both.pairs(split).negatives) for split in ("train", "validation")] == [0, 1]
+    assert data(bare, triplets, "forbidden").pairs("validation").extra == {"negative": ["c", "f"]}
+    assert data(triplets, triplets, "forbidden", columns_negative=[]).pairs("train").extra
+    with pytest.raises(InputError, match=r"since the objective needs them.*bare.csv"):
+        data(bare, triplets, "required")
+    with pytest.raises(InputError, match=r"since the objective uses none.*pairs.csv"):
+        data(triplets, bare, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "refused"), [(4, 1, True), (5, 4, True), (1, 4, True), (6, 4, False)]
+)
+def test_batches_of_one_pair_are_refused_where_pairs_are_compared(
+    tmp_path: Path, n: int, batch_size: int, refused: bool
+) -> None:
+    header = "anchor,positive,negative"
+    path = csv(tmp_path, *(f"a{i},b{i},c{i}" for i in range(n)), header=header)
+    more = {"train": path, "batch_size": batch_size, "needs_label": False, "negatives": "optional"}
+    bare = {**more, "columns_negative": []}
+    PairDataModule(preprocess, **bare).train_dataloader()  # type: ignore[arg-type]
+    PairDataModule(preprocess, **more, in_batch=True).train_dataloader()  # type: ignore[arg-type]
+    data = PairDataModule(preprocess, **bare, in_batch=True)  # type: ignore[arg-type]
+    if not refused:
+        assert len(data.train_dataloader()) == 2
+        return
+    match = rf"{n} training pairs in batches of {batch_size} leave a batch of 1. Set `data.batch_s"
+    with pytest.raises(InputError, match=match):
+        data.train_dataloader()
+
+
+def test_one_pair_a_process_is_a_batch_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
+    data = PairDataModule(preprocess, train=many(tmp_path, 7), batch_size=1, in_batch=True)
+    assert len(data.train_dataloader()) == 3
+
+
 def test_bad_test_data_stops_training_before_it_begins(tmp_path: Path) -> None:
     bad = csv(tmp_path, "a,b,7")
     data = PairDataModule(preprocess, train=many(tmp_path, 4), test=bad)
@@ -517,6 +675,31 @@ def test_batch_holds_what_it_says(tmp_path: Path) -> None:
 def test_unlabelled_batch_has_no_label(tmp_path: Path) -> None:
     data = PairDataModule(preprocess, test=many(tmp_path, 3, label=False))
     assert set(next(iter(data.test_dataloader()))) == {"a", "b", "index"}
+
+
+def test_batch_holds_negatives_and_numbers_of_texts(tmp_path: Path) -> None:
+    header = "anchor,positive,negative,negative_1"
+    path = csv(tmp_path, "a,b,a,d", "e,b,g,h", header=header)
+    data = PairDataModule(
+        preprocess,
+        train=path,
+        needs_label=False,
+        negatives="optional",
+        in_batch=True,
+        role_b="document",
+    )
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"a", "b", "negatives", "index", "text_ids"}
+    pairs = data.pairs("train").select(batch["index"].tolist())
+    for features, texts in zip(batch["negatives"], pairs.negatives.values(), strict=True):
+        assert torch.equal(features["input_ids"], preprocess(texts, None)["input_ids"])
+        assert features["role"] == "document"
+    columns = [pairs.texts_a, pairs.texts_b, *pairs.negatives.values()]
+    assert batch["text_ids"].tolist() == [
+        [text_id(t) for t in row] for row in zip(*columns, strict=True)
+    ]
+    assert batch["text_ids"].dtype == torch.int64
+    assert len(batch["text_ids"].unique()) == 6
 
 
 def test_workers_give_the_same_batches(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ Layers = Annotated[
         lambda value: len(set(value)) == len(value),
     ),
 ]
+Columns = Annotated[
+    list[Name],
+    Constraint("a list of different column names", lambda value: len(set(value)) == len(value)),
+]
 LabelRange = Annotated[
     list[float],
     Constraint(
@@ -145,6 +149,9 @@ class DataConfig(Section):
     """Column of the second texts; null finds it by convention."""
     column_label: Name | None = None
     """Column of the labels; null finds it by convention."""
+    columns_negative: Columns | None = None
+    """Columns of hard negatives; null finds them by convention (negative, negative_1, …), [] uses
+    none."""
     label_range: LabelRange | None = None
     """Range of the labels in the data; null checks that they lie in the objective's range."""
     validation_fraction: Fraction | None = None

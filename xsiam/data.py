@@ -7,7 +7,10 @@ checking are in `xsiam.pairs`, the order of rows in `xsiam.sampling`.
 Batches are dictionaries:
 
 * "a", "b": what `preprocess` returns for the texts of each side;
+* "negatives": a list of the same for each column of hard negatives, absent where there are none;
 * "label": Tensor[n] float32, absent for unlabelled data;
+* "text_ids": Tensor[n, 2 + columns] int64, equal for equal texts of a, b and the negatives; only
+  for objectives that compare the pairs of a batch;
 * "index": Tensor[n] int64, the row of each pair in ``pairs(split)``.
 """
 
@@ -26,7 +29,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 
 from xsiam.errors import InputError
-from xsiam.pairs import LabelRule, PairDataset, load_pairs
+from xsiam.pairs import LabelRule, NegativeRule, PairDataset, load_pairs, text_id
 from xsiam.sampling import LengthBucketSampler, ShardedEvaluationSampler
 from xsiam.tables import is_file_name, is_hub_name, split_names
 
@@ -49,12 +52,14 @@ class PairCollator:
     Attributes:
         preprocess: texts and role in, padded features out (`SiameseEncoder.preprocess`).
         role_a: role of the first texts.
-        role_b: role of the second texts.
+        role_b: role of the second texts and of the negatives.
+        with_text_ids: whether batches hold "text_ids".
     """
 
     preprocess: Preprocess
     role_a: str | None = None
     role_b: str | None = None
+    with_text_ids: bool = False
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         """Return the batch described at the top of this module."""
@@ -65,6 +70,13 @@ class PairCollator:
         }
         if "label" in rows:
             batch["label"] = torch.tensor(rows["label"], dtype=torch.float32)
+        negatives = rows.get("negatives", [])
+        if negatives:
+            batch["negatives"] = [self.preprocess(texts, self.role_b) for texts in negatives]
+        if self.with_text_ids:
+            columns = [rows["a"], rows["b"], *negatives]
+            ids = [[text_id(text) for text in texts] for texts in columns]
+            batch["text_ids"] = torch.tensor(ids, dtype=torch.int64).T.contiguous()
         return batch
 
 
@@ -78,7 +90,8 @@ class PairDataModule(LightningDataModule):
 
     Training pairs must have labels if the objective needs them and must not otherwise; validation
     pairs must have them if the objective does; test pairs may. ``column_label="none"`` leaves them
-    out everywhere.
+    out everywhere. The same holds for columns of hard negatives, but that validation and test pairs
+    never need them: those of an objective without negatives stay in `PairDataset.extra`.
 
     Args:
         preprocess: texts and role in, padded features out; called in the collator. With
@@ -87,9 +100,10 @@ class PairDataModule(LightningDataModule):
         validation: the same for validation.
         test: the same for test.
         name: dataset that holds the splits: "bundled", a saved dataset folder or a hub name.
-        column_a: see `load_pairs`, as are the next three.
+        column_a: see `load_pairs`, as are the next four.
         column_b: see `load_pairs`.
         column_label: see `load_pairs`.
+        columns_negative: see `load_pairs`.
         label_range: see `load_pairs`.
         validation_fraction: share of the training pairs to validate on, between 0 and 1.
         test_fraction: share of the training pairs to test on, between 0 and 1.
@@ -99,13 +113,18 @@ class PairDataModule(LightningDataModule):
         num_workers: worker processes that tokenise; 0 does it in the main process.
         seed: seed of splits and order, equal on all processes.
         role_a: role of the first texts.
-        role_b: role of the second texts.
+        role_b: role of the second texts and of the negatives.
         needs_label: whether the objective needs labels.
+        negatives: whether the objective needs columns of hard negatives in the training pairs
+            ("required"), can use them ("optional") or cannot ("forbidden"); "unused" reads none.
+        in_batch: whether the objective compares the pairs of a batch, as training batches of one
+            pair without negatives would not allow.
         limit: use only the first so many pairs of every split.
         expected_range: labels the objective can take.
 
     Raises:
-        InputError: on construction for a wrong number, on `setup` for wrong data.
+        InputError: on construction for a wrong number, on `setup` for wrong data, on
+            `train_dataloader` for batches with nothing to compare.
     """
 
     def __init__(
@@ -119,6 +138,7 @@ class PairDataModule(LightningDataModule):
         column_a: str | None = None,
         column_b: str | None = None,
         column_label: str | None = None,
+        columns_negative: Sequence[str] | None = None,
         label_range: Sequence[float] | None = None,
         validation_fraction: float | None = None,
         test_fraction: float | None = None,
@@ -130,18 +150,23 @@ class PairDataModule(LightningDataModule):
         role_a: str | None = None,
         role_b: str | None = None,
         needs_label: bool = True,
+        negatives: NegativeRule = "forbidden",
+        in_batch: bool = False,
         limit: int | None = None,
         expected_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        self.collator = PairCollator(preprocess, role_a, role_b)
+        self.collator = PairCollator(preprocess, role_a, role_b, with_text_ids=in_batch)
         self.name = name
         self.sources = {"train": train, "validation": validation, "test": test}
         self.fractions = {"validation": validation_fraction, "test": test_fraction}
         self.columns = {"column_a": column_a, "column_b": column_b, "column_label": column_label}
+        self.columns_negative = columns_negative
         self.label_range = label_range
         self.expected_range = expected_range
         self.needs_label = needs_label
+        self.negatives = negatives
+        self.in_batch = in_batch
         self.batch_size = _at_least(batch_size, 1, "data.batch_size")
         self.eval_batch_size = _at_least(eval_batch_size, 1, "data.eval_batch_size")
         self.length_bucketing = length_bucketing
@@ -192,9 +217,15 @@ class PairDataModule(LightningDataModule):
         return self._pairs[split]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled, length-bucketed batches; see `LengthBucketSampler`."""
+        """Return shuffled, length-bucketed batches; see `LengthBucketSampler`.
+
+        Raises:
+            InputError: the objective compares the pairs of a batch and a batch would have only one.
+        """
         pairs = self.pairs("train")
         world, rank = self._processes()
+        if self.in_batch and not pairs.negatives:
+            _check_batches(len(pairs), self.batch_size, world)
         sampler = LengthBucketSampler(
             pairs.lengths,
             self.batch_size,
@@ -309,12 +340,17 @@ class PairDataModule(LightningDataModule):
             rule = "forbidden"
         if split == "test":
             rule = "optional"
+        negatives = self.negatives
+        if split != "train":
+            negatives = "available" if negatives in ("required", "optional") else "unused"
         source, split_name, key = located
         return load_pairs(
             source,
             split_name,
             **self.columns,
+            columns_negative=self.columns_negative,
             labels=rule,
+            negatives=negatives,
             expected_range=self.expected_range,
             label_range=self.label_range,
             key=key,
@@ -358,6 +394,17 @@ def _at_least(value: int, least: int, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"Expected `{key}` to be {least} or more, but got {value!r}. Set `{key}`.")
     return value
+
+
+def _check_batches(n: int, batch_size: int, world: int) -> None:
+    """Raise InputError where a batch over all processes would be a single pair."""
+    last = n % batch_size or batch_size
+    if world == 1 and last == 1:
+        raise InputError(
+            "Expected training batches of 2 pairs or more, since the objective compares the pairs "
+            f"of a batch, but {n} training pairs in batches of {batch_size} leave a batch of 1. "
+            "Set `data.batch_size`, or give hard negatives (`data.columns_negative`)."
+        )
 
 
 def _check_split(split: str) -> None:

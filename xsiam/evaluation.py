@@ -485,6 +485,7 @@ def _data_module(
         role_a=config.model.role_a,
         role_b=config.model.role_b,
         needs_label=False,
+        negatives="unused",
         expected_range=objective.label_range,
     )
 

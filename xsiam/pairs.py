@@ -7,7 +7,9 @@ that names the row.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -35,7 +37,11 @@ LABEL_COLUMNS = ("score", "scores", "label", "labels", "similarity")
 NO_LABEL = "none"
 """Value of `column_label` that leaves labels out although there is a column of them."""
 
+NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?", re.IGNORECASE)
+"""Names of columns of hard negatives that are recognised; their numbers give the order."""
+
 LabelRule = Literal["required", "optional", "forbidden"]
+NegativeRule = Literal["required", "optional", "available", "forbidden", "unused"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +49,7 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
     """Pairs of texts, row by row.
 
     Indexing with a row number, or a list of them, gives the batch of these rows as plain lists
-    under "a", "b", "index" and, for labelled data, "label".
+    under "a", "b", "index" and, where there are any, "label" and "negatives" (a list a column).
 
     Attributes:
         texts_a: first texts.
@@ -52,6 +58,7 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
         extra: every other column of the source, by name.
         rows: number of each pair's data row in the source, counted from 1.
         name: what was read.
+        negatives: hard negatives of each pair, by column.
     """
 
     texts_a: list[str]
@@ -60,6 +67,7 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
     extra: dict[str, list[Any]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     name: str = "pairs"
+    negatives: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -75,12 +83,15 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
         }
         if self.labels is not None:
             batch["label"] = [self.labels[row] for row in rows]
+        if self.negatives:
+            batch["negatives"] = [[t[row] for row in rows] for t in self.negatives.values()]
         return batch
 
     @property
     def lengths(self) -> list[int]:
-        """Characters in both texts of each pair, an approximate length that costs nothing."""
-        return [len(a) + len(b) for a, b in zip(self.texts_a, self.texts_b, strict=True)]
+        """Characters in all texts of each pair, an approximate length that costs nothing."""
+        columns = (self.texts_a, self.texts_b, *self.negatives.values())
+        return [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
 
     def select(self, indices: Sequence[int]) -> PairDataset:
         """Return the pairs at `indices`, in that order."""
@@ -95,7 +106,17 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
             labels=None if self.labels is None else pick(self.labels),
             extra={name: pick(values) for name, values in self.extra.items()},
             rows=pick(self.rows) if self.rows else [],
+            negatives={name: pick(texts) for name, texts in self.negatives.items()},
         )
+
+
+def text_id(text: str) -> int:
+    """Return a number in int64 that is the same for equal texts, in every process and run.
+
+    Among n distinct texts two share a number with a probability of about n² / 2⁶⁵.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def load_pairs(
@@ -105,7 +126,9 @@ def load_pairs(
     column_a: str | None = None,
     column_b: str | None = None,
     column_label: str | None = None,
+    columns_negative: Sequence[str] | None = None,
     labels: LabelRule = "required",
+    negatives: NegativeRule = "unused",
     expected_range: tuple[float, float] = (0.0, 1.0),
     label_range: Sequence[float] | None = None,
     key: str = "source",
@@ -122,8 +145,13 @@ def load_pairs(
         column_a: column of the first texts; None finds both columns by `TEXT_COLUMNS`.
         column_b: column of the second texts; named together with `column_a` or not at all.
         column_label: column of the labels; None finds it by `LABEL_COLUMNS`, "none" leaves it out.
+        columns_negative: columns of hard negatives; None finds them by `NEGATIVE_COLUMN`, an empty
+            list leaves them out.
         labels: "required": no labels are an error; "forbidden": labels are an error; "optional":
             either will do. A column with labels in some rows only is always an error.
+        negatives: the same for hard negatives; "available": as optional, and a source may also lack
+            all columns that are named; "unused": only columns that are named are an error, others
+            are left in `extra`.
         expected_range: lowest and highest label the objective can take.
         label_range: lowest and highest label of the scale in the file.
         key: configuration key that `source` came from, for messages.
@@ -145,11 +173,13 @@ def load_pairs(
             f"Expected `{key}` to have at least one data row, but {table.name} has none."
         )
     name_a, name_b = _find_texts(table, column_a, column_b)
-    name_label = _find_label(table, column_label, labels, taken=(name_a, name_b))
+    names_negative = _find_negatives(table, columns_negative, negatives, taken=(name_a, name_b))
+    taken = (name_a, name_b, *names_negative)
+    name_label = _find_label(table, column_label, labels, taken)
     values = None
     if name_label is not None:
         values = _read_labels(table, name_label, labels, expected_range, label_range)
-    used = {name_a, name_b, name_label}
+    used = {*taken, name_label}
     return PairDataset(
         texts_a=_check_texts(table, name_a),
         texts_b=_check_texts(table, name_b),
@@ -157,6 +187,7 @@ def load_pairs(
         extra={name: cells for name, cells in table.columns.items() if name not in used},
         rows=list(range(1, table.n_rows + 1)),
         name=table.name,
+        negatives={name: _check_texts(table, name) for name in names_negative},
     )
 
 
@@ -191,8 +222,56 @@ def _find_texts(table: Table, column_a: str | None, column_b: str | None) -> tup
     return found[0][0], found[0][1]
 
 
+def _find_negatives(
+    table: Table, named: Sequence[str] | None, rule: NegativeRule, taken: tuple[str, str]
+) -> list[str]:
+    """Return the names of the columns of hard negatives, in their order."""
+    if rule == "available" and named and not any(name in table.columns for name in named):
+        return []
+    if named is None:
+        found = [] if rule == "unused" else _negatives_by_convention(table)
+    else:
+        found = [_require_column(table, name, "data.columns_negative") for name in named]
+    twice = [name for name in found if name in taken or found.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"Expected each column of negatives once and apart from the texts {taken[0]!r} and "
+            f"{taken[1]!r}, but got {twice[0]!r} in {found}. Set `data.columns_negative`."
+        )
+    if rule == "required" and not found:
+        raise InputError(
+            "Expected columns of negatives (negative, negative_1, …), since the objective needs "
+            f"them, but {table.name} has {_columns(table)} and `data.columns_negative` is {named}. "
+            "Set `data.columns_negative`."
+        )
+    if rule in ("forbidden", "unused") and found:
+        who = "the objective uses" if rule == "forbidden" else "these pairs are used with"
+        raise InputError(
+            f"Expected no columns of negatives, since {who} none, but {table.name} has "
+            f"{', '.join(map(repr, found))}. Set `data.columns_negative=[]` to leave them out."
+        )
+    return found
+
+
+def _negatives_by_convention(table: Table) -> list[str]:
+    """Return the columns that are called negative, negative_1, …, in the order of the numbers."""
+    numbered: dict[int, str] = {}
+    for column in table.columns:
+        match = NEGATIVE_COLUMN.fullmatch(column.strip())
+        if match is None:
+            continue
+        number = int(match[1] or -1)
+        if number in numbered:
+            raise InputError(
+                f"Expected columns of negatives with different numbers, but {table.name} has "
+                f"{numbered[number]!r} and {column!r}. Set `data.columns_negative`."
+            )
+        numbered[number] = column
+    return [numbered[number] for number in sorted(numbered)]
+
+
 def _find_label(
-    table: Table, column_label: str | None, labels: LabelRule, taken: tuple[str, str]
+    table: Table, column_label: str | None, labels: LabelRule, taken: tuple[str, ...]
 ) -> str | None:
     """Return the name of the label column, or None where there is none."""
     if column_label == NO_LABEL:

@@ -271,7 +271,8 @@ def _from_text(text: str, hint: Any) -> Any:
         if get_origin(base) is list:
             inside = word.removeprefix("[").removesuffix("]").strip()
             (element,) = get_args(base)
-            return [_from_text(part, element) for part in inside.split(",")] if inside else []
+            parts = [part.strip() for part in inside.split(",")] if inside else []
+            return [_from_text(part, element) for part in parts]
         if get_origin(base) is Literal:
             return word
     return text
