@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
+from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import pearson, spearman
 from xsiam.module import SiameseModule
 
@@ -139,6 +140,64 @@ def test_unlabelled_pairs_log_nothing(encoder: SiameseEncoder, tmp_path: Path) -
     assert module.undefined == {}
 
 
+def embedded(encoder: SiameseEncoder, n: int) -> EmbeddedBatch:
+    return EmbeddedBatch(encoder.encode(TEXTS[:n]), encoder.encode(OTHERS[:n]))
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+def test_contrastive_loss_is_on_the_score_of_the_encoder(tmp_path: Path, similarity: str) -> None:
+    encoder = SiameseEncoder(tiny_model(), reference="uniform", similarity=similarity)
+    options = {"temperature": 2.0, "symmetric": True}
+    module = SiameseModule(encoder, "contrastive", objective_options=options)
+    logged = trainer(tmp_path).validate(module, batches(encoder, (4,), False), verbose=False)[0]
+    expected = get_objective("contrastive", similarity, **options)(embedded(encoder, 4))
+    assert logged == {"val/loss": pytest.approx(expected.item(), rel=1e-5)}
+
+
+def test_scores_are_not_rounded_in_mixed_precision(tmp_path: Path, encoder: SiameseEncoder) -> None:
+    module = SiameseModule(encoder, "contrastive")
+    run = trainer(tmp_path, precision="bf16-mixed")
+    logged = run.validate(module, batches(encoder, (4,), False), verbose=False)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        a, b = (encoder(encoder.preprocess(texts)).float() for texts in (TEXTS, OTHERS))
+    expected = get_objective("contrastive")(EmbeddedBatch(a, b)).item()
+    assert logged["val/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_batch_of_one_pair_is_left_out_of_a_loss_that_compares_pairs(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder, "contrastive")
+    loader = batches(encoder, (3, 1), False)
+    logged = trainer(tmp_path).validate(module, loader, verbose=False)[0]
+    expected = get_objective("contrastive")(embedded(encoder, 3)).item()
+    assert logged["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_without_negatives_have_correlations_and_no_triplet_loss(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder, "triplet")
+    logged = trainer(tmp_path).validate(module, batches(encoder, (4,)), verbose=False)[0]
+    assert "val/spearman_cosine" in logged
+    assert "val/loss" not in logged
+    with pytest.raises(InputError, match=r"Expected negatives for objective 'triplet'"):
+        trainer(tmp_path).fit(module, batches(encoder, (4,)))
+
+
+@pytest.mark.parametrize("name", ["cosent", "contrastive"])
+def test_other_objectives_are_learnt(tmp_path: Path, name: str) -> None:
+    encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
+    module = SiameseModule(encoder, name, learning_rate=1e-3)
+    loader = batches(encoder, (4,))
+    before = trainer(tmp_path).validate(module, loader, verbose=False)[0]
+    trainer(tmp_path, max_epochs=30).fit(module, loader)
+    after = trainer(tmp_path).validate(module, loader, verbose=False)[0]
+    assert after["val/loss"] < before["val/loss"] / 2
+    if name == "cosent":
+        assert before["val/spearman_cosine"] < 0.9 < after["val/spearman_cosine"]
+
+
 def test_undefined_correlation_is_explained_not_logged(
     encoder: SiameseEncoder, tmp_path: Path
 ) -> None:
@@ -152,11 +211,12 @@ def test_undefined_correlation_is_explained_not_logged(
 
 
 def test_checkpoint_hooks(encoder: SiameseEncoder) -> None:
-    module = SiameseModule(encoder, "mse_dot")
+    module = SiameseModule(encoder, "triplet", objective_options={"margin": 0.25})
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["xsiam"]["format_version"] == 1
-    assert checkpoint["xsiam"]["objective"] == "mse_dot"
+    assert checkpoint["xsiam"]["objective"] == "triplet"
+    assert checkpoint["xsiam"]["objective_options"] == {"margin": 0.25}
     module.on_load_checkpoint(checkpoint)
     checkpoint["xsiam"]["format_version"] = 7
     with pytest.raises(CheckpointError, match=r"format 7. Install a newer xsiam"):
@@ -175,6 +235,7 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "weight_decay": 0.01,
         "warmup_fraction": 0.1,
         "schedule": "linear",
+        "objective_options": None,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 
@@ -187,6 +248,7 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         ({"warmup_fraction": 1.5}, "between 0 and 1, but got 1.5"),
         ({"schedule": "cosine"}, "linear, constant, but got 'cosine'. Set `optimizer.schedule`"),
         ({"objective": "mse"}, "but got 'mse'"),
+        ({"objective_options": {"scale": 2.0}}, r"got scale=2.0.*Leave `objective.scale` out"),
     ],
 )
 def test_bad_settings(encoder: SiameseEncoder, settings: dict[str, Any], match: str) -> None:

@@ -370,6 +370,97 @@ def test_two_processes_agree_with_one_on_the_same_weights(inputs: Path, tmp_path
         assert alone.metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
+# ---------------------------------------------------------------- objectives
+
+
+def write_triplets(path: Path, n: int, columns: int) -> Path:
+    """Write pairs with columns of negatives; every sixth has the positive of the one before."""
+    draw = random.Random(7)
+    names = ["anchor", "positive", *(f"negative_{i}" for i in range(columns))]
+    rows = [
+        [" ".join(draw.choices(WORDS[:20], k=draw.randint(3, 9))) for _ in names] for _ in range(n)
+    ]
+    for i in range(5, n, 6):
+        rows[i][1] = rows[i - 1][1]
+    path.write_text("\n".join(",".join(row) for row in [names, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def unlabelled(folder: Path, columns: int, *more: str) -> list[str]:
+    """Return the overrides of a run on 45 training pairs without labels."""
+    return [
+        f"data.train={write_triplets(folder / 'triplets.csv', 45, columns)}",
+        "data.test=null",
+        "trainer.max_epochs=1",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "more"),
+    [
+        (0, ["objective.name=contrastive"]),
+        (2, ["objective.name=contrastive", "objective.symmetric=true"]),
+        (2, ["objective.name=triplet", "objective.distance=euclidean", "objective.margin=2"]),
+    ],
+)
+def test_runs_without_labels_validate_on_labelled_pairs(
+    inputs: Path, tmp_path: Path, columns: int, more: list[str]
+) -> None:
+    result = train(inputs, tmp_path / "run", *unlabelled(tmp_path, columns, *more))
+    assert "val/spearman_cosine" in result.metrics
+    # Validation pairs have no negatives: no loss where those are required.
+    assert ("val/loss" in result.metrics) == ("objective.name=triplet" not in more)
+    events = EventAccumulator(str(result.tensorboard_dir)).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert len(losses) == STEPS_PER_EPOCH
+    assert all(0 < loss < 100 for loss in losses)
+    if "objective.name=contrastive" in more:
+        counts = [event.value for event in events.Scalars("train/masked_negatives")]
+        assert sum(counts) > 0
+
+
+def test_validation_without_labels_is_monitored_by_its_loss(inputs: Path, tmp_path: Path) -> None:
+    more = unlabelled(tmp_path, 1, "objective.name=contrastive", "objective.temperature=0.2")
+    validation = f"data.validation={write_triplets(tmp_path / 'dev.csv', 12, 1)}"
+    match = r"val/spearman_cosine.*have no labels. Set `checkpoint.monitor=val/loss checkpoint.m"
+    refused(inputs, tmp_path, InputError, match, *more, validation)
+    monitor = ["checkpoint.monitor=val/loss", "checkpoint.mode=min"]
+    result = train(inputs, tmp_path / "run", *more, validation, *monitor)
+    assert set(result.metrics) == {"val/loss"}
+
+
+@pytest.mark.parametrize(
+    ("match", "more"),
+    [
+        (
+            r"'mse_cosine' \(none\), but got margin=0.5.*Leave `objective.margin` out",
+            ["objective.margin=0.5"],
+        ),
+        (r"objective uses no labels.*has 'score'", ["objective.name=contrastive"]),
+        (
+            r"since the objective needs them.*`data.columns_negative`",
+            ["objective.name=triplet", "data.column_label=none"],
+        ),
+        (
+            r"45 training pairs in batches of 4 leave a batch of 1. Set `data.batch_size`",
+            ["objective.name=cosent", "data.batch_size=4"],
+        ),
+    ],
+)
+def test_what_does_not_fit_an_objective_is_refused(
+    inputs: Path, tmp_path: Path, match: str, more: list[str]
+) -> None:
+    refused(inputs, tmp_path, InputError, match, *more)
+
+
+def test_negatives_are_refused_by_an_objective_without(inputs: Path, tmp_path: Path) -> None:
+    train_pairs = tmp_path / "pairs.csv"
+    train_pairs.write_text("sentence1,sentence2,negative,score\na,b,c,0.5\nd,e,f,0.1\n")
+    match = r"the objective uses none.*'negative'. Set `data.columns_negative=\[\]`"
+    refused(inputs, tmp_path, InputError, match, f"data.train={train_pairs}")
+
+
 # ---------------------------------------------------------------- choices
 
 

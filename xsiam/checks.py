@@ -109,9 +109,10 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
             # Scores that differ: only the labels can be at fault here.
             reason = undefined_reason(torch.arange(len(labels)), values) or ""
         if reason:
+            loss = "" if module.objective.needs_label else "=val/loss checkpoint.mode=min"
             raise InputError(
                 f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
-                "Set `checkpoint.monitor` or other validation pairs."
+                f"Set `checkpoint.monitor{loss}` or other validation pairs."
             )
 
 

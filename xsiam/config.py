@@ -194,7 +194,17 @@ class ObjectiveConfig(Section):
     """What training minimises."""
 
     name: Name = "mse_cosine"
-    """Registered name of the objective: "mse_cosine" or "mse_dot"."""
+    """Registered name: "mse_cosine", "mse_dot", "cosent", "contrastive" or "triplet"."""
+    temperature: Positive | None = None
+    """Of "contrastive": what scores are divided by; null takes 0.05, right for the cosine."""
+    symmetric: bool | None = None
+    """Of "contrastive": whether positives are to find their anchors too; null takes false."""
+    scale: Positive | None = None
+    """Of "cosent": what differences of scores are multiplied by; null takes 20."""
+    margin: Positive | None = None
+    """Of "triplet": how much further away negatives are kept; null takes 0.5."""
+    distance: Literal["cosine", "euclidean"] | None = None
+    """Of "triplet": distance between embeddings; null takes "cosine"."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from transformers import get_constant_schedule_with_warmup, get_linear_schedule_
 from xsiam.checkpoint import check_format
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
-from xsiam.losses import get_objective
+from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import PairCorrelation, PairMean
 
 __all__ = ["SCHEDULES", "SiameseModule"]
@@ -39,7 +39,12 @@ class SiameseModule(LightningModule):
     Logs ``train/loss`` each step and, for validation, ``val/loss``, ``val/spearman_cosine``,
     ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same
     under ``test/``. Validation and test values are those of all pairs on all processes, each
-    counted once. Pairs without labels have no correlation.
+    counted once. Pairs without labels have no correlation, and pairs that lack what the objective
+    needs have no loss.
+
+    What an objective counts is logged too, such as ``train/masked_negatives`` of
+    `xsiam.losses.Contrastive`. The validation loss of an objective that compares the pairs of a
+    batch depends on the size of these batches.
 
     Defaults are the published recipe: AdamW, no decay on biases and LayerNorm, linear warm-up over
     the first tenth of the steps, then linear decay to 0.
@@ -51,6 +56,7 @@ class SiameseModule(LightningModule):
         weight_decay: Decay of weight matrices; vectors (biases, LayerNorm) have none.
         warmup_fraction: Share of the steps over which the learning rate rises from 0.
         schedule: "linear" or "constant", see `SCHEDULES`.
+        objective_options: Options of the objective, such as ``{"temperature": 0.05}``.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -70,11 +76,12 @@ class SiameseModule(LightningModule):
         weight_decay: float = 0.01,
         warmup_fraction: float = 0.1,
         schedule: str = "linear",
+        objective_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
-        self.objective = get_objective(objective)
+        self.objective = get_objective(objective, encoder.similarity, **(objective_options or {}))
         self.learning_rate = _check(learning_rate, "learning_rate", "above 0", learning_rate > 0)
         self.weight_decay = _check(weight_decay, "weight_decay", "0 or more", weight_decay >= 0)
         self.warmup_fraction = _check(
@@ -105,9 +112,13 @@ class SiameseModule(LightningModule):
         return embeddings
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch and log it."""
-        loss = self.objective(*self._embed(batch), batch.get("label"))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
+        """Return the loss of a batch and log it, and what else the objective counts."""
+        size = len(batch["index"])
+        embedded = self._embed(batch)
+        loss = self._loss(embedded)
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        for name, count in self.objective.figures(embedded).items():
+            self.log(f"train/{name}", count, reduce_fx="sum", sync_dist=True, batch_size=size)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -164,6 +175,7 @@ class SiameseModule(LightningModule):
         checkpoint["xsiam"] = {
             **self.encoder.checkpoint_payload(),
             "objective": self.objective.name,
+            "objective_options": dict(self.hparams["objective_options"] or {}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,19 +193,32 @@ class SiameseModule(LightningModule):
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embed both sides; scores and losses are float32 whatever the precision of training."""
-        a, b = self(batch["a"]), self(batch["b"])
-        return (a, b) if a.dtype == torch.float64 else (a.float(), b.float())
+    def _embed(self, batch: Batch) -> EmbeddedBatch:
+        """Embed all texts of a batch."""
+        a, b, *negatives = (
+            self._embed_texts(features)
+            for features in (batch["a"], batch["b"], *batch.get("negatives", []))
+        )
+        return EmbeddedBatch(a, b, tuple(negatives), batch.get("label"), batch.get("text_ids"))
+
+    def _embed_texts(self, features: Batch) -> Tensor:
+        """Return [n, K] in float32 or more, whatever the precision of training."""
+        embeddings: Tensor = self(features)
+        return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+
+    def _loss(self, embedded: EmbeddedBatch) -> Tensor:
+        """Return the loss; a product of embeddings that autocast rounds is no score."""
+        with torch.autocast(embedded.a.device.type, enabled=False):
+            return self.objective(embedded)
 
     def _update(self, stage: str, batch: Batch) -> None:
-        a, b = self._embed(batch)
-        labels = batch.get("label")
-        if labels is not None or not self.objective.needs_label:
-            self._mean_loss(stage).update(self.objective(a, b, labels), len(a))
-        if labels is not None:
+        embedded = self._embed(batch)
+        if self.objective.problem_with(embedded) is None:
+            self._mean_loss(stage).update(self._loss(embedded), len(embedded.a))
+        if embedded.labels is not None:
             for name, similarity in _SIMILARITIES.items():
-                self._correlation(stage, name).update(similarity(a, b), labels, batch["index"])
+                scores = similarity(embedded.a, embedded.b)
+                self._correlation(stage, name).update(scores, embedded.labels, batch["index"])
 
     def _log_metrics(self, stage: str) -> None:
         """Log the gathered metrics of a stage; what is undefined is not logged but explained."""

@@ -29,7 +29,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from xsiam.checkpoint import read_checkpoint
 from xsiam.checks import check_accelerator, check_run, default_monitor, resume_path, validates
-from xsiam.config import AttributionConfig, TrainConfig, TrainerConfig, save_config, to_dict
+from xsiam.config import (
+    AttributionConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    TrainerConfig,
+    save_config,
+    to_dict,
+)
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError
@@ -127,7 +134,7 @@ def run_training(config: TrainConfig) -> TrainingResult:
     output = Path(config.output_dir).expanduser()
     check_accelerator(config.trainer.accelerator, "trainer.accelerator")
     resume = resume_path(config, output)
-    get_objective(config.objective.name)
+    get_objective(config.objective.name, **_options(config.objective))
     seed_everything(config.seed, workers=True, verbose=False)
     with _quiet(), Interruption() as interruption:
         module = build_module(config)
@@ -168,7 +175,14 @@ def build_module(config: TrainConfig) -> SiameseModule:
         weight_decay=optimizer.weight_decay,
         warmup_fraction=optimizer.warmup_fraction,
         schedule=optimizer.schedule,
+        objective_options=_options(config.objective),
     )
+
+
+def _options(objective: ObjectiveConfig) -> dict[str, Any]:
+    """Return the options of the objective that are set."""
+    values = to_dict(objective)
+    return {key: value for key, value in values.items() if value is not None and key != "name"}
 
 
 def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
@@ -184,6 +198,8 @@ def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
         role_a=config.model.role_a,
         role_b=config.model.role_b,
         needs_label=module.objective.needs_label,
+        negatives=module.objective.negatives,
+        in_batch=module.objective.in_batch,
         expected_range=module.objective.label_range,
     )
     pairs.pairs("train")
