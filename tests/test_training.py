@@ -399,7 +399,7 @@ def unlabelled(folder: Path, columns: int, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("columns", "more"),
     [
-        (0, ["objective.name=contrastive"]),
+        (0, ["objective.name=contrastive", "objective.chunk_size=3"]),
         (2, ["objective.name=contrastive", "objective.symmetric=true"]),
         (2, ["objective.name=triplet", "objective.distance=euclidean", "objective.margin=2"]),
     ],

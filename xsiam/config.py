@@ -205,6 +205,9 @@ class ObjectiveConfig(Section):
     """Of "triplet": how much further away negatives are kept; null takes 0.5."""
     distance: Literal["cosine", "euclidean"] | None = None
     """Of "triplet": distance between embeddings; null takes "cosine"."""
+    chunk_size: Count | None = None
+    """Of all: most texts embedded at once in training, for large batches in little memory, at the
+    price of a second forward pass; null embeds whole batches."""
 
 
 @dataclass

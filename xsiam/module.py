@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from xsiam.checkpoint import check_format
+from xsiam.chunks import embed_in_chunks
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.losses import EmbeddedBatch, get_objective
@@ -57,6 +58,8 @@ class SiameseModule(LightningModule):
         warmup_fraction: Share of the steps over which the learning rate rises from 0.
         schedule: "linear" or "constant", see `SCHEDULES`.
         objective_options: Options of the objective, such as ``{"temperature": 0.05}``.
+        chunk_size: Most texts to embed at once in training; None embeds whole batches. The
+            gradients are the same, see `xsiam.chunks`.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -77,11 +80,18 @@ class SiameseModule(LightningModule):
         warmup_fraction: float = 0.1,
         schedule: str = "linear",
         objective_options: Mapping[str, Any] | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
         self.objective = get_objective(objective, encoder.similarity, **(objective_options or {}))
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(
+                f"Expected `chunk_size` to be 1 or more, but got {chunk_size}. "
+                "Set `objective.chunk_size`."
+            )
+        self.chunk_size = chunk_size
         self.learning_rate = _check(learning_rate, "learning_rate", "above 0", learning_rate > 0)
         self.weight_decay = _check(weight_decay, "weight_decay", "0 or more", weight_decay >= 0)
         self.warmup_fraction = _check(
@@ -114,7 +124,7 @@ class SiameseModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch and log it, and what else the objective counts."""
         size = len(batch["index"])
-        embedded = self._embed(batch)
+        embedded = self._embed(batch, self.chunk_size)
         loss = self._loss(embedded)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         for name, count in self.objective.figures(embedded).items():
@@ -193,17 +203,20 @@ class SiameseModule(LightningModule):
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _embed(self, batch: Batch) -> EmbeddedBatch:
+    def _embed(self, batch: Batch, chunk_size: int | None = None) -> EmbeddedBatch:
         """Embed all texts of a batch."""
         a, b, *negatives = (
-            self._embed_texts(features)
+            self._embed_texts(features, chunk_size)
             for features in (batch["a"], batch["b"], *batch.get("negatives", []))
         )
         return EmbeddedBatch(a, b, tuple(negatives), batch.get("label"), batch.get("text_ids"))
 
-    def _embed_texts(self, features: Batch) -> Tensor:
+    def _embed_texts(self, features: Batch, chunk_size: int | None) -> Tensor:
         """Return [n, K] in float32 or more, whatever the precision of training."""
-        embeddings: Tensor = self(features)
+        embed = self.forward
+        embeddings = (
+            embed(features) if chunk_size is None else embed_in_chunks(embed, features, chunk_size)
+        )
         return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
     def _loss(self, embedded: EmbeddedBatch) -> Tensor:

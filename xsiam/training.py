@@ -176,13 +176,18 @@ def build_module(config: TrainConfig) -> SiameseModule:
         warmup_fraction=optimizer.warmup_fraction,
         schedule=optimizer.schedule,
         objective_options=_options(config.objective),
+        chunk_size=config.objective.chunk_size,
     )
 
 
 def _options(objective: ObjectiveConfig) -> dict[str, Any]:
     """Return the options of the objective that are set."""
     values = to_dict(objective)
-    return {key: value for key, value in values.items() if value is not None and key != "name"}
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not None and key not in ("name", "chunk_size")
+    }
 
 
 def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
