@@ -430,6 +430,42 @@ def test_validation_without_labels_is_monitored_by_its_loss(inputs: Path, tmp_pa
     assert set(result.metrics) == {"val/loss"}
 
 
+def test_two_processes_train_on_the_pairs_of_both(inputs: Path, tmp_path: Path) -> None:
+    """The first steps are those of one process: 2 × 4 pairs make the batch of 8."""
+    more = unlabelled(
+        tmp_path, 1, "objective.name=contrastive", "objective.chunk_size=3", "data.validation=null"
+    )
+    more += [f"model.name={tiny_folder(tmp_path / 'model', dropout=0.0)}"]
+    steps = ["trainer.max_steps=3"]
+    output = tmp_path / "run"
+    arguments = overrides(inputs, output, "trainer.devices=2", *more, *steps, "data.batch_size=4")
+    done = run_script(tmp_path, arguments)
+    assert done.returncode == 0, done.stderr
+    alone = train(inputs, tmp_path / "alone", *more, *steps, "data.batch_size=8")
+    ours = weights(output / "checkpoints" / "last.ckpt")
+    theirs = weights(alone.last_checkpoint)
+    start = SiameseEncoder.from_pretrained(tmp_path / "model", device="cpu").state_dict()
+    before = {f"encoder.{name}": tensor for name, tensor in start.items()}
+    moved, error = distance(theirs, before), distance(theirs, ours)
+    # Measured: 0.013 of the way, and 0.56 where each process compares its own pairs only.
+    assert error < moved / 10
+    counts = [masked_of(folder / "tensorboard") for folder in (output, tmp_path / "alone")]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the length of the difference of all weights."""
+    parts = [(ours[name] - theirs[name]).double().square().sum() for name in theirs]
+    return torch.stack(parts).sum().sqrt().item()
+
+
+def masked_of(folder: Path) -> list[float]:
+    """Return the logged numbers of masked negatives, step by step."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [event.value for event in events.Scalars("train/masked_negatives")]
+
+
 @pytest.mark.parametrize(
     ("match", "more"),
     [

@@ -17,6 +17,7 @@ from xsiam.checkpoint import check_format
 from xsiam.chunks import embed_in_chunks
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
+from xsiam.gathering import gather_batch, is_distributed
 from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import PairCorrelation, PairMean
 
@@ -43,9 +44,9 @@ class SiameseModule(LightningModule):
     counted once. Pairs without labels have no correlation, and pairs that lack what the objective
     needs have no loss.
 
-    What an objective counts is logged too, such as ``train/masked_negatives`` of
-    `xsiam.losses.Contrastive`. The validation loss of an objective that compares the pairs of a
-    batch depends on the size of these batches.
+    An objective that compares the pairs of a batch compares those of all processes in training, and
+    logs ``train/masked_negatives`` (`xsiam.losses.Contrastive`). In validation it compares those of
+    one batch on one process, so that its loss depends on the size of these batches.
 
     Defaults are the published recipe: AdamW, no decay on biases and LayerNorm, linear warm-up over
     the first tenth of the steps, then linear decay to 0.
@@ -125,6 +126,8 @@ class SiameseModule(LightningModule):
         """Return the loss of a batch and log it, and what else the objective counts."""
         size = len(batch["index"])
         embedded = self._embed(batch, self.chunk_size)
+        if self.objective.in_batch and is_distributed():
+            embedded = gather_batch(embedded)
         loss = self._loss(embedded)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         for name, count in self.objective.figures(embedded).items():
