@@ -84,6 +84,14 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluati
     return evaluate(inputs, tmp_path_factory.mktemp("finished") / "run", "n_examples=2")
 
 
+def test_columns_of_negatives_are_left_alone(inputs: Path, tmp_path: Path) -> None:
+    """They train a model, and may hold anything here."""
+    header = ["sentence1", "sentence2", "score", "negative"]
+    path = write_rows(tmp_path / "triplets.csv", header, [(*row[:3], "") for row in ROWS])
+    result = evaluate(inputs, tmp_path / "run", f"data.test={path}", "attribution.enabled=false")
+    assert read(result)["metrics"].keys() >= {"test/spearman_cosine"}
+
+
 @pytest.fixture
 def copy(finished: EvaluationResult, tmp_path: Path) -> Path:
     """Return a copy of the finished evaluation's folder."""
@@ -421,6 +429,11 @@ def test_extra_column_of_a_name_that_is_taken(inputs: Path, tmp_path: Path) -> N
         (["data.test=nowhere.csv"], InputError, r"`data\.test`.*'nowhere\.csv'"),
         (["data.test=null", "data.train={pairs}"], InputError, "Expected test pairs"),
         (["data.column_label=gold"], InputError, "'gold'"),
+        (
+            ["data.columns_negative=[category]"],
+            InputError,
+            r"these pairs are used with none.*'category'. Set `data.columns_negative=\[\]`",
+        ),
         (["checkpoint={inputs}/no.ckpt"], CheckpointError, r"no\.ckpt"),
         (["model.role_a=passage"], InputError, "'passage'"),
         (["model.reference=zero"], InputError, "'zero'"),

@@ -117,8 +117,8 @@ class PairDataModule(LightningDataModule):
         needs_label: whether the objective needs labels.
         negatives: whether the objective needs columns of hard negatives in the training pairs
             ("required"), can use them ("optional") or cannot ("forbidden"); "unused" reads none.
-        in_batch: whether the objective compares the pairs of a batch, as training batches of one
-            pair without negatives would not allow.
+        in_batch: whether the objective compares the pairs of a batch. Batches then hold "text_ids",
+            and training batches of a single pair are refused where there are no negatives.
         limit: use only the first so many pairs of every split.
         expected_range: labels the objective can take.
 
