@@ -27,7 +27,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """Return the sum over the processes of what each has for this one's values."""
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # others may hold it
         distributed.all_reduce(total)
         return total[distributed.get_rank()]
 
