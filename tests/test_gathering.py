@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import CASES, Case, quietly, shares, step
+from one_step import CASES, Case, quietly, shares, step
 
 from xsiam.errors import InputError
 from xsiam.gathering import gather_batch
@@ -36,7 +36,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[Steps]:
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     running = [
         subprocess.Popen(
-            [sys.executable, str(root / "tests" / "processes.py"), str(folder)],
+            [sys.executable, str(root / "tests" / "one_step.py"), str(folder)],
             env=environment | {"LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
