@@ -287,11 +287,14 @@ def _timed(pattern: _Pattern, search: Callable[[], Root], scale: float) -> Solut
 
 
 def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: float) -> Root:
-    """Return the root that a start leads to: a near root, a text, or its ``pad`` reference."""
+    """Return the root that a start leads to: a near root, or midway from a text to its ``pad``.
+
+    From there it takes the fewest steps, and paths to texts bend least; the ends come after it.
+    """
     texts = pattern.split.capture(probe, pattern.layer)[0]
     pads = PadReference().hidden(pattern.split, probe, pattern.layer)[0]
     starts = list(near)
-    for hidden in (texts, pads):
+    for hidden in ((texts + pads) / 2, texts, pads):
         u, v = hidden[::2].mean(0), hidden[1::2].mean(0)
         starts.append(on_cpu(torch.cat([u, v, u])))
     roots = []
