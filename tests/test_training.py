@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import WORDS, tiny_folder
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,6 +25,7 @@ from xsiam.config import TrainConfig, load_config
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError, ModelError
 from xsiam.resume import SeededSteps
+from xsiam.retrieval import RETRIEVAL_FIGURES
 from xsiam.training import TrainingResult, run_training
 
 ROOT = Path(__file__).parents[1]
@@ -420,14 +422,81 @@ def test_runs_without_labels_validate_on_labelled_pairs(
         assert sum(counts) > 0
 
 
-def test_validation_without_labels_is_monitored_by_its_loss(inputs: Path, tmp_path: Path) -> None:
-    more = unlabelled(tmp_path, 1, "objective.name=contrastive", "objective.temperature=0.2")
-    validation = f"data.validation={write_triplets(tmp_path / 'dev.csv', 12, 1)}"
-    match = r"val/spearman_cosine.*have no labels. Set `checkpoint.monitor=val/loss checkpoint.m"
-    refused(inputs, tmp_path, InputError, match, *more, validation)
-    monitor = ["checkpoint.monitor=val/loss", "checkpoint.mode=min"]
-    result = train(inputs, tmp_path / "run", *more, validation, *monitor)
-    assert set(result.metrics) == {"val/loss"}
+RETRIEVALS = {f"val/{figure}" for figure in RETRIEVAL_FIGURES}
+
+
+def without_labels(folder: Path, *more: str) -> list[str]:
+    """Return the overrides of a run that has no labels for validation either."""
+    validation = f"data.validation={write_triplets(folder / 'dev.csv', 23, 1)}"
+    more = ("objective.name=contrastive", "objective.temperature=0.2", validation, *more)
+    return unlabelled(folder, 1, *more)
+
+
+def test_validation_without_labels_is_monitored_by_mrr(inputs: Path, tmp_path: Path) -> None:
+    result = train(inputs, tmp_path / "run", *without_labels(tmp_path, "trainer.max_epochs=2"))
+    assert set(result.metrics) == {"val/loss", *RETRIEVALS}
+    results = json.loads(result.results_path.read_text())
+    assert results["best"]["monitor"] == "val/mrr@10"
+    highest = max(entry["val/mrr@10"] for entry in results["history"])
+    assert results["best"]["value"] == result.metrics["val/mrr@10"] == highest
+    assert set(results["metrics"]) == set(result.metrics)
+    events = EventAccumulator(str(result.tensorboard_dir)).Reload()
+    for key in RETRIEVALS:  # the keys survive TensorBoard as they are
+        values = [event.value for event in events.Scalars(key)]
+        assert values == pytest.approx([entry[key] for entry in results["history"]])
+
+
+def test_retrieval_figure_makes_a_file_name(inputs: Path, tmp_path: Path) -> None:
+    keeps = ModelCheckpoint(
+        tmp_path / "kept",
+        "{step}-{val/mrr@10:.3f}",
+        monitor="val/mrr@10",
+        mode="max",
+        auto_insert_metric_name=False,
+    )
+    values = {"step": torch.tensor(5), "val/mrr@10": torch.tensor(0.25)}
+    assert Path(keeps.format_checkpoint_name(values)).name == "5-0.250.ckpt"
+
+
+def test_validation_without_labels_has_a_loss_to_monitor(inputs: Path, tmp_path: Path) -> None:
+    more = without_labels(tmp_path)
+    match = r"val/spearman_cosine.*have no labels. Set `checkpoint.monitor=val/mrr@10`"
+    monitor = "checkpoint.monitor=val/spearman_cosine"
+    refused(inputs, tmp_path, InputError, match, *more, monitor)
+    monitors = ["checkpoint.monitor=val/loss", "checkpoint.mode=min"]
+    result = train(inputs, tmp_path / "run", *more, *monitors)
+    assert json.loads(result.results_path.read_text())["best"]["monitor"] == "val/loss"
+
+
+def test_retrieval_that_cannot_be_defined_is_refused(inputs: Path, tmp_path: Path) -> None:
+    match = r"`checkpoint.monitor=val/ndcg@10`.*have labels.*`checkpoint.monitor=val/spearman_cos"
+    refused(inputs, tmp_path, InputError, match, "checkpoint.monitor=val/ndcg@10")
+    same = tmp_path / "same.csv"
+    same.write_text("anchor,positive\nthe dog,a cat\nred house,a cat\n")
+    match = r"`checkpoint.monitor=val/mrr@10` to be defined, but .* pairs have 1. Set"
+    more = without_labels(tmp_path, f"data.validation={same}", "data.columns_negative=[]")
+    refused(inputs, tmp_path, InputError, match, *more)
+
+
+def test_two_processes_agree_with_one_on_pairs_without_labels(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    more = without_labels(tmp_path, "optimizer.learning_rate=1e-30")  # weights stay as they are
+    more += [f"data.test={inputs / 'plain.csv'}"]
+    rows = (inputs / "test.csv").read_text().splitlines()
+    (inputs / "plain.csv").write_text("\n".join(row.rpartition(",")[0] for row in rows) + "\n")
+    done = run_script(
+        tmp_path, overrides(inputs, output, *more, "trainer.devices=2", "data.batch_size=4")
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((output / "results.json").read_text())
+    alone = train(inputs, tmp_path / "alone", *more, "data.eval_batch_size=5")
+    assert alone.metrics.keys() == results["metrics"].keys()
+    assert {
+        *RETRIEVALS,
+        *(f"test/{figure}" for figure in RETRIEVAL_FIGURES),
+    } <= alone.metrics.keys()
+    for key in alone.metrics.keys() - {"val/loss", "test/loss"}:  # those depend on the batches
+        assert alone.metrics[key] == pytest.approx(results["metrics"][key], abs=1e-6), key
 
 
 def test_two_processes_train_on_the_pairs_of_both(inputs: Path, tmp_path: Path) -> None:
@@ -542,7 +611,8 @@ def test_unlabelled_test_pairs_leave_the_correlations_out(inputs: Path, tmp_path
     plain.write_text("sentence1,sentence2\nthe dog,a cat\nred house,big yard\n")
     more = [f"data.test={plain}", "trainer.max_epochs=1"]
     metrics = train(inputs, tmp_path / "run", *more).metrics
-    assert not [key for key in metrics if key.startswith("test/")]
+    tested = {key for key in metrics if key.startswith("test/")}
+    assert tested == {f"test/{figure}" for figure in RETRIEVAL_FIGURES}
     assert "val/spearman_cosine" in metrics
 
 

@@ -10,10 +10,11 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from xsiam.checkpoint import read_checkpoint
 from xsiam.config import TrainConfig
-from xsiam.data import PairDataModule
+from xsiam.data import PairDataModule, PairDataset
 from xsiam.errors import CheckpointError, InputError
 from xsiam.metrics import undefined_reason
 from xsiam.module import SiameseModule
+from xsiam.retrieval import RETRIEVAL_FIGURES
 
 AUTO_RESUME = "auto"
 """Value of `resume` that takes the last checkpoint of the output folder, if there is one."""
@@ -21,6 +22,8 @@ AUTO_RESUME = "auto"
 CORRELATIONS = tuple(
     f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
 )
+
+RETRIEVALS = tuple(f"val/{figure}" for figure in RETRIEVAL_FIGURES)
 
 
 def check_accelerator(name: str, key: str) -> None:
@@ -92,28 +95,47 @@ def check_run(
 
 def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataModule) -> None:
     """Raise InputError where the monitored metric is unknown or cannot be defined."""
-    monitor = config.checkpoint.monitor or default_monitor(module)
+    monitor = config.checkpoint.monitor or default_monitor(module, data)
     layers = config.attribution.layers if config.attribution.enabled else []
     prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
-    if monitor not in ("val/loss", *CORRELATIONS) and not monitor.startswith(prefixes):
-        known = [*CORRELATIONS, "val/loss", *(f"{prefix}…" for prefix in prefixes)]
+    plain = (*CORRELATIONS, *RETRIEVALS, "val/loss")
+    if monitor not in plain and not monitor.startswith(prefixes):
+        known = [*plain, *(f"{prefix}…" for prefix in prefixes)]
         raise InputError(
             f"Expected `checkpoint.monitor` to be one of {', '.join(known)}, but got {monitor!r}. "
             "Set `checkpoint.monitor`, or `attribution.layers` to monitor attributions."
         )
+    pairs = data.pairs("validation")
+    reason = None
     if monitor in CORRELATIONS:
-        labels = data.pairs("validation").labels
-        reason = "the validation pairs have no labels"
-        if labels is not None:
-            values = torch.tensor(labels)
-            # Scores that differ: only the labels can be at fault here.
-            reason = undefined_reason(torch.arange(len(labels)), values) or ""
-        if reason:
-            loss = "" if module.objective.needs_label else "=val/loss checkpoint.mode=min"
-            raise InputError(
-                f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
-                f"Set `checkpoint.monitor{loss}` or other validation pairs."
-            )
+        reason = _no_correlation(pairs)
+    elif monitor in RETRIEVALS:
+        reason = _no_retrieval(pairs)
+    if reason is not None:
+        other = default_monitor(module, data)
+        hint = "" if other == monitor else f"={other}"
+        raise InputError(
+            f"Expected `checkpoint.monitor={monitor}` to be defined, but {reason}. "
+            f"Set `checkpoint.monitor{hint}` or other validation pairs."
+        )
+
+
+def _no_correlation(pairs: PairDataset) -> str | None:
+    """Return why the correlations of scores that differ are undefined, or None."""
+    if pairs.labels is None:
+        return "the validation pairs have no labels"
+    scores = torch.arange(len(pairs.labels))
+    return undefined_reason(scores, torch.tensor(pairs.labels))
+
+
+def _no_retrieval(pairs: PairDataset) -> str | None:
+    """Return why the retrieval figures of finite embeddings are undefined, or None."""
+    if pairs.labels is not None:
+        return "the validation pairs have labels, and anchors rank the texts of pairs without"
+    columns = (pairs.texts_b, *pairs.negatives.values())
+    if len({text for texts in columns for text in texts}) < 2:
+        return "a ranking needs 2 different texts or more, but the validation pairs have 1"
+    return None
 
 
 def _check_resumable(path: Path, module: SiameseModule) -> None:
@@ -140,8 +162,13 @@ def validates(config: TrainConfig, data: PairDataModule) -> bool:
     return data.has("validation") and config.trainer.limit_val_batches != 0
 
 
-def default_monitor(module: SiameseModule) -> str:
-    """Return the metric of the model's own score."""
+def default_monitor(module: SiameseModule, data: PairDataModule) -> str:
+    """Return the correlation of the model's own score; MRR where validation pairs have no labels.
+
+    Both are the better the higher, as the default of ``checkpoint.mode`` says.
+    """
+    if data.has("validation") and data.pairs("validation").labels is None:
+        return "val/mrr@10"
     return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
 
 

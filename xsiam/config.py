@@ -268,7 +268,7 @@ class CheckpointConfig(Section):
 
     monitor: Name | None = None
     """Metric of the best checkpoint; null takes "val/spearman_cosine" or "val/spearman_dot", after
-    the model's similarity."""
+    the model's similarity, and "val/mrr@10" where the validation pairs have no labels."""
     mode: Literal["min", "max"] = "max"
     """Whether a lower or a higher value is better."""
     every_n_steps: Count | None = None

@@ -10,14 +10,14 @@ Batches are dictionaries:
 * "negatives": a list of the same for each column of hard negatives, absent where there are none;
 * "label": Tensor[n] float32, absent for unlabelled data;
 * "text_ids": Tensor[n, 2 + columns] int64, equal for equal texts of a, b and the negatives; only
-  for objectives that compare the pairs of a batch;
+  for objectives that compare the pairs of a batch, and for validation and test without labels;
 * "index": Tensor[n] int64, the row of each pair in ``pairs(split)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,9 @@ class PairDataModule(LightningDataModule):
         needs_label: whether the objective needs labels.
         negatives: whether the objective needs columns of hard negatives in the training pairs
             ("required"), can use them ("optional") or cannot ("forbidden"); "unused" reads none.
-        in_batch: whether the objective compares the pairs of a batch. Batches then hold "text_ids",
-            and training batches of a single pair are refused where there are no negatives.
+        in_batch: whether the objective compares the pairs of a batch. All batches then hold
+            "text_ids", and training batches of a single pair are refused where there are no
+            negatives.
         limit: use only the first so many pairs of every split.
         expected_range: labels the objective can take.
 
@@ -234,7 +235,7 @@ class PairDataModule(LightningDataModule):
             rank=rank,
             seed=self.seed,
         )
-        return self._loader(pairs, sampler)
+        return self._loader(pairs, sampler, self.collator)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the validation batches, no row twice; an empty list where there are no pairs."""
@@ -254,15 +255,19 @@ class PairDataModule(LightningDataModule):
             num_replicas=world,
             rank=rank,
         )
-        return self._loader(pairs, sampler)
+        # Without labels anchors rank the texts of all pairs, which have to be told apart.
+        with_ids = self.in_batch or pairs.labels is None
+        return self._loader(pairs, sampler, replace(self.collator, with_text_ids=with_ids))
 
-    def _loader(self, pairs: PairDataset, sampler: Sampler[list[int]]) -> DataLoader[Any]:
+    def _loader(
+        self, pairs: PairDataset, sampler: Sampler[list[int]], collator: PairCollator
+    ) -> DataLoader[Any]:
         """Return a loader for a sampler that yields whole batches, hence no batch size."""
         return DataLoader(
             pairs,
             batch_size=None,
             sampler=sampler,
-            collate_fn=self.collator,  # type: ignore[arg-type]  # torch expects a list of samples
+            collate_fn=collator,  # type: ignore[arg-type]  # torch expects a list of samples
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),

@@ -15,6 +15,7 @@ __all__ = [
     "Correlations",
     "PairCorrelation",
     "PairMean",
+    "first_of_each",
     "pearson",
     "spearman",
     "undefined_reason",
@@ -122,7 +123,7 @@ class PairCorrelation(Metric):
     def compute(self) -> Correlations:
         """Return both correlations over every pair seen on any process."""
         scores, labels = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
-        first = _first_of_each(dim_zero_cat(self.index))
+        first = first_of_each(dim_zero_cat(self.index))
         scores, labels = scores[first].cpu(), labels[first].cpu()
         reason = undefined_reason(scores, labels)
         if reason is not None:
@@ -183,7 +184,7 @@ def _ranks(values: Tensor) -> Tensor:
     return ranks[group]
 
 
-def _first_of_each(index: Tensor) -> Tensor:
+def first_of_each(index: Tensor) -> Tensor:
     """Return the place of the first occurrence of each distinct value, in order of the values."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]

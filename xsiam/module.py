@@ -20,6 +20,7 @@ from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
 from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import PairCorrelation, PairMean
+from xsiam.retrieval import RETRIEVAL_FIGURES, PairRetrieval
 
 __all__ = ["SCHEDULES", "SiameseModule"]
 
@@ -41,7 +42,9 @@ class SiameseModule(LightningModule):
     Logs ``train/loss`` each step and, for validation, ``val/loss``, ``val/spearman_cosine``,
     ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same
     under ``test/``. Validation and test values are those of all pairs on all processes, each
-    counted once. Pairs without labels have no correlation, and pairs that lack what the objective
+    counted once. Pairs without labels have no correlation; where batches hold "text_ids", their
+    anchors rank the positives of all pairs instead: ``val/mrr@10``, ``val/ndcg@10``,
+    ``val/recall@1`` and ``val/recall@10`` (`xsiam.retrieval`). Pairs that lack what the objective
     needs have no loss.
 
     An objective that compares the pairs of a batch compares those of all processes in training, and
@@ -106,6 +109,9 @@ class SiameseModule(LightningModule):
         self.schedule = schedule
         self.undefined: dict[str, str] = {}
         self.mean_losses = nn.ModuleDict({stage: PairMean() for stage in _STAGES})
+        self.retrievals = nn.ModuleDict(
+            {stage: PairRetrieval(encoder.similarity) for stage in _STAGES}
+        )
         self.correlations = nn.ModuleDict(
             {f"{stage}_{name}": PairCorrelation() for stage in _STAGES for name in _SIMILARITIES}
         )
@@ -235,6 +241,9 @@ class SiameseModule(LightningModule):
             for name, similarity in _SIMILARITIES.items():
                 scores = similarity(embedded.a, embedded.b)
                 self._correlation(stage, name).update(scores, embedded.labels, batch["index"])
+        elif embedded.text_ids is not None:
+            candidates = torch.stack([embedded.b, *embedded.negatives], dim=1)
+            self._retrieval(stage).update(embedded.a, candidates, embedded.text_ids, batch["index"])
 
     def _log_metrics(self, stage: str) -> None:
         """Log the gathered metrics of a stage; what is undefined is not logged but explained."""
@@ -253,6 +262,11 @@ class SiameseModule(LightningModule):
                 for kind in ("spearman", "pearson"):
                     value, reason = getattr(result, kind), str(result.undefined)
                     self._log_or_explain(f"{stage}/{kind}_{name}", value, reason)
+        if self._retrieval(stage).update_called:
+            figures, undefined, *_ = self._retrieval(stage).compute()
+            for key in RETRIEVAL_FIGURES:
+                value = None if figures is None else figures[key]
+                self._log_or_explain(f"{stage}/{key}", value, str(undefined))
         self._reset(stage)
 
     def _log_or_explain(self, key: str, value: Tensor | None, reason: str) -> None:
@@ -262,15 +276,19 @@ class SiameseModule(LightningModule):
                 warnings.warn(f"`{key}` is undefined: {reason}.", RuntimeWarning, stacklevel=2)
         else:
             # Already over all processes: the same number everywhere, nothing to synchronise.
-            self.log(key, value.float(), prog_bar="spearman" in key)
+            self.log(key, value.float(), prog_bar="spearman" in key or "mrr" in key)
 
     def _reset(self, stage: str) -> None:
         self._mean_loss(stage).reset()
+        self._retrieval(stage).reset()
         for name in _SIMILARITIES:
             self._correlation(stage, name).reset()
 
     def _mean_loss(self, stage: str) -> PairMean:
         return cast(PairMean, self.mean_losses[stage])
+
+    def _retrieval(self, stage: str) -> PairRetrieval:
+        return cast(PairRetrieval, self.retrievals[stage])
 
     def _correlation(self, stage: str, name: str) -> PairCorrelation:
         return cast(PairCorrelation, self.correlations[f"{stage}_{name}"])

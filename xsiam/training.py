@@ -233,7 +233,7 @@ class _Run:
         self.best = ModelCheckpoint(
             self.checkpoints,
             "best",
-            monitor=config.checkpoint.monitor or default_monitor(module),
+            monitor=config.checkpoint.monitor or default_monitor(module, data),
             mode=config.checkpoint.mode,
             auto_insert_metric_name=False,
             enable_version_counter=False,
