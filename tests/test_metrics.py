@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from xsiam.errors import InputError
-from xsiam.metrics import PairCorrelation, PairMean, pearson, spearman, undefined_reason
+from xsiam.metrics import Anisotropy, PairCorrelation, PairMean, pearson, spearman, undefined_reason
 
 # Against scipy, float64: 2e-16 was the worst of 200 draws.
 SCIPY = 1e-12
@@ -105,6 +105,41 @@ def test_mean_weighs_batches_by_their_pairs_and_keeps_nan() -> None:
     assert metric.compute().item() == 3.0
     metric.update(torch.tensor(math.nan), 1)
     assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+def test_anisotropy_is_the_mean_over_all_pairs(offset: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    vectors = torch.randn(60, 8, generator=generator) + offset
+    metric = Anisotropy(8)
+    for batch in vectors.split(7):
+        metric.update(batch)
+    units = torch.nn.functional.normalize(vectors.double(), dim=1)
+    cosines = (units @ units.T)[~torch.eye(60, dtype=torch.bool)]
+    # 2e-8 was the worst.
+    assert metric.compute().item() == pytest.approx(cosines.mean().item(), abs=1e-6)
+
+
+def test_anisotropy_in_closed_form() -> None:
+    same, opposite, axes = Anisotropy(3), Anisotropy(3), Anisotropy(3)
+    same.update(torch.ones(50, 3) * torch.arange(1, 51)[:, None])
+    opposite.update(torch.tensor([[1.0, 0, 0], [-2.0, 0, 0]]))
+    axes.update(torch.eye(3))
+    found = [metric.compute().item() for metric in (same, opposite, axes)]
+    assert found == pytest.approx([1.0, -1.0, 0.0], abs=1e-6)
+    axes.update(torch.tensor([[math.nan, 0, 0]]))
+    assert axes.compute().isnan()
+
+
+def test_two_processes_add_up_their_embeddings() -> None:
+    vectors = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)) + 1
+    alone, first, second = Anisotropy(4), Anisotropy(4), Anisotropy(4)
+    for metric, rows in ((alone, vectors), (first, vectors[::2]), (second, vectors[1::2])):
+        metric.update(rows)
+    answers = iter([second.total, second.squares, second.n_embeddings])
+    first.distributed_available_fn = lambda: True
+    first.dist_sync_fn = lambda tensor, group: [tensor, next(answers)]
+    assert first.compute().item() == pytest.approx(alone.compute().item(), abs=1e-6)
 
 
 def test_two_processes_gather_scores() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from models import TEXTS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -115,6 +117,15 @@ def test_training_runs_in_training_mode_and_learns(tmp_path: Path) -> None:
     assert after["val/loss"] < before["val/loss"] / 2
 
 
+def mean_cosine(texts: list[str], encoder: SiameseEncoder) -> torch.Tensor:
+    """Return the mean cosine of all pairs of embeddings, pair by pair."""
+    cosines = [
+        torch.nn.functional.cosine_similarity(encoder.encode(one), encoder.encode(other))
+        for one, other in itertools.combinations(texts, 2)
+    ]
+    return torch.cat(cosines).mean()
+
+
 @pytest.mark.parametrize("sizes", [(4,), (3, 1), (1, 1, 2)])
 def test_metrics_are_over_all_pairs_however_batched(
     encoder: SiameseEncoder, tmp_path: Path, sizes: tuple[int, ...]
@@ -130,12 +141,14 @@ def test_metrics_are_over_all_pairs_however_batched(
         "test/pearson_cosine": pearson(scores, LABELS),
         "test/spearman_dot": spearman(dots, LABELS),
         "test/pearson_dot": pearson(dots, LABELS),
+        "test/anisotropy": mean_cosine([*TEXTS, *OTHERS], encoder),
     }
     assert logged == pytest.approx({k: v.item() for k, v in expected.items()}, abs=1e-5)
 
 
 def test_unlabelled_pairs_log_nothing(encoder: SiameseEncoder, tmp_path: Path) -> None:
-    module = SiameseModule(encoder)
+    """Nothing that needs labels, and no ranking where texts cannot be told apart."""
+    module = SiameseModule(encoder, anisotropy=False)
     assert trainer(tmp_path).test(module, batches(encoder, (4,), False), verbose=False) == [{}]
     assert module.undefined == {}
 
@@ -148,7 +161,7 @@ def embedded(encoder: SiameseEncoder, n: int) -> EmbeddedBatch:
 def test_contrastive_loss_is_on_the_score_of_the_encoder(tmp_path: Path, similarity: str) -> None:
     encoder = SiameseEncoder(tiny_model(), reference="uniform", similarity=similarity)
     options = {"temperature": 2.0, "symmetric": True}
-    module = SiameseModule(encoder, "contrastive", objective_options=options)
+    module = SiameseModule(encoder, "contrastive", objective_options=options, anisotropy=False)
     logged = trainer(tmp_path).validate(module, batches(encoder, (4,), False), verbose=False)[0]
     expected = get_objective("contrastive", similarity, **options)(embedded(encoder, 4))
     assert logged == {"val/loss": pytest.approx(expected.item(), rel=1e-5)}
@@ -214,6 +227,78 @@ def test_chunks_change_nothing_under_accumulation_and_clipping(
         assert (other - weights[0]).norm() < bound * (weights[0] - before).norm()
 
 
+class LoggedNorms(Callback):
+    """Keep what was logged of each step, beside what the optimiser was given."""
+
+    def __init__(self) -> None:
+        self.logged: list[float] = []
+        self.clipped: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if "train/gradient_norm" in trainer.callback_metrics:  # not before the first step
+            self.logged.append(trainer.callback_metrics["train/gradient_norm"].item())
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        if gradients:
+            self.clipped.append(torch.cat(gradients).norm().item())
+
+
+def gradient_norms(tmp_path: Path, **settings: Any) -> LoggedNorms:
+    """Train without dropout or learning, so that every step has the same gradient."""
+    encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
+    norms = LoggedNorms()
+    module = SiameseModule(encoder, learning_rate=1e-30)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[norms], **settings)
+    run.fit(module, batches(encoder, (2, 2)))
+    return norms
+
+
+def test_gradient_norm_is_that_of_the_loss_before_clipping(tmp_path: Path) -> None:
+    encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
+    expected = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        a, b = (encoder(encoder.preprocess(texts[rows])) for texts in (TEXTS, OTHERS))
+        loss = get_objective("mse_cosine")(EmbeddedBatch(a, b, labels=LABELS[rows]))
+        used = [p for p in encoder.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, used, allow_unused=True)
+        parts = [g.flatten() for g in gradients if g is not None]
+        expected.append(torch.cat(parts).norm().item())
+    norms = gradient_norms(tmp_path, gradient_clip_val=0.01)
+    assert norms.logged == pytest.approx(expected * 2, rel=1e-4)
+    assert max(norms.clipped) < 0.0101 < min(norms.logged)
+
+
+def test_gradient_norm_is_of_what_is_accumulated(tmp_path: Path) -> None:
+    """Both batches make one step, and its gradient is the mean of theirs."""
+    once = gradient_norms(tmp_path, accumulate_grad_batches=2)
+    encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
+    a, b = (encoder(encoder.preprocess(texts)) for texts in (TEXTS, OTHERS))
+    get_objective("mse_cosine")(EmbeddedBatch(a, b, labels=LABELS)).backward()
+    gradients = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+    assert once.logged[-1] == pytest.approx(torch.cat(gradients).norm().item(), rel=1e-4)
+
+
+def test_gradient_norm_has_no_scale_of_mixed_precision(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    scaled = gradient_norms(tmp_path, plugins=[plugin])
+    assert scaler.get_scale() == 2.0**10  # no step was left out
+    # Measured: 0.017, where the scale would make it 1024 times as long.
+    assert scaled.logged == pytest.approx(gradient_norms(tmp_path).logged, rel=0.05)
+
+
+def test_gradient_norm_and_anisotropy_can_be_left_out(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder, gradient_norm=False, anisotropy=False)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches(encoder, (4,)), batches(encoder, (4,)))
+    assert "train/loss" in run.callback_metrics
+    assert "val/loss" in run.callback_metrics
+    assert not {"train/gradient_norm", "val/anisotropy"} & run.callback_metrics.keys()
+
+
 @pytest.mark.parametrize("name", ["cosent", "contrastive"])
 def test_other_objectives_are_learnt(tmp_path: Path, name: str) -> None:
     encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
@@ -233,7 +318,7 @@ def test_undefined_correlation_is_explained_not_logged(
     module = SiameseModule(encoder)
     with pytest.warns(RuntimeWarning, match="is undefined: a correlation needs 2 pairs"):
         logged = trainer(tmp_path).test(module, batches(encoder, (1,)), verbose=False)[0]
-    assert set(logged) == {"test/loss"}
+    assert set(logged) == {"test/loss", "test/anisotropy"}
     assert set(module.undefined) == {
         f"test/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
     }
@@ -266,6 +351,8 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "schedule": "linear",
         "objective_options": None,
         "chunk_size": None,
+        "gradient_norm": True,
+        "anisotropy": True,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import WORDS, tiny_folder
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from xsiam import checks, training
 from xsiam.config import TrainConfig, load_config
@@ -135,7 +136,7 @@ def test_run_leaves_everything(finished: TrainingResult, inputs: Path) -> None:
     assert results["schema_version"] == 1
     assert results["metrics"] == finished.metrics
     keys = {f"{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")}
-    keys.add("loss")
+    keys |= {"loss", "anisotropy"}
     assert set(finished.metrics) == {f"{stage}/{key}" for stage in ("val", "test") for key in keys}
     assert [entry["step"] for entry in results["history"]] == [5, 11]
     best = max(results["history"], key=lambda entry: entry["val/spearman_cosine"])
@@ -180,12 +181,33 @@ def test_tensorboard_holds_the_keys_by_global_step(finished: TrainingResult) -> 
     assert {"train/loss", "val/loss", "val/spearman_cosine", "test/pearson_dot"} <= tags
     assert "hp_metric" not in tags
     assert [e.step for e in events.Scalars("train/loss")] == list(range(12))
+    assert [e.step for e in events.Scalars("train/gradient_norm")] == list(range(12))
     assert [e.step for e in events.Scalars("val/spearman_cosine")] == [5, 11]
     rates = next(tag for tag in tags if tag.startswith("train/learning_rate"))
     values = [e.value for e in events.Scalars(rates)]
     assert values[0] == 0
     assert max(values) == pytest.approx(1e-3)
     assert values[-1] == pytest.approx(1e-3 / 10)  # 12 steps, 2 of them warm-up
+
+
+def test_tensorboard_holds_hyperparameters_and_final_metrics(finished: TrainingResult) -> None:
+    events = EventAccumulator(str(finished.tensorboard_dir)).Reload()
+    for key, value in finished.metrics.items():
+        (final,) = events.Scalars(f"final/{key}")
+        assert final.value == pytest.approx(value)
+    summary = events.SummaryMetadata
+    found = {
+        tag: HParamsPluginData.FromString(summary(tag).plugin_data.content)
+        for tag in events.PluginTagToContent("hparams")
+    }
+    start = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert start["optimizer/learning_rate"].number_value == 1e-3
+    assert start["data/batch_size"].number_value == 8
+    assert start["model/reference"].string_value == "uniform"
+    experiment = found["_hparams_/experiment"].experiment
+    named = {info.name.tag for info in experiment.metric_infos}
+    assert named == {f"final/{key}" for key in finished.metrics}
+    assert "_hparams_/session_end_info" in found
 
 
 @pytest.mark.parametrize(
@@ -434,7 +456,7 @@ def without_labels(folder: Path, *more: str) -> list[str]:
 
 def test_validation_without_labels_is_monitored_by_mrr(inputs: Path, tmp_path: Path) -> None:
     result = train(inputs, tmp_path / "run", *without_labels(tmp_path, "trainer.max_epochs=2"))
-    assert set(result.metrics) == {"val/loss", *RETRIEVALS}
+    assert set(result.metrics) == {"val/loss", "val/anisotropy", *RETRIEVALS}
     results = json.loads(result.results_path.read_text())
     assert results["best"]["monitor"] == "val/mrr@10"
     highest = max(entry["val/mrr@10"] for entry in results["history"])
@@ -612,7 +634,7 @@ def test_unlabelled_test_pairs_leave_the_correlations_out(inputs: Path, tmp_path
     more = [f"data.test={plain}", "trainer.max_epochs=1"]
     metrics = train(inputs, tmp_path / "run", *more).metrics
     tested = {key for key in metrics if key.startswith("test/")}
-    assert tested == {f"test/{figure}" for figure in RETRIEVAL_FIGURES}
+    assert tested == {f"test/{figure}" for figure in (*RETRIEVAL_FIGURES, "anisotropy")}
     assert "val/spearman_cosine" in metrics
 
 

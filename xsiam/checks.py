@@ -99,6 +99,7 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
     layers = config.attribution.layers if config.attribution.enabled else []
     prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
     plain = (*CORRELATIONS, *RETRIEVALS, "val/loss")
+    plain += ("val/anisotropy",) if module.anisotropy else ()
     if monitor not in plain and not monitor.startswith(prefixes):
         known = [*plain, *(f"{prefix}…" for prefix in prefixes)]
         raise InputError(

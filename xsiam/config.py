@@ -263,6 +263,16 @@ class TrainerConfig(Section):
 
 
 @dataclass
+class MetricsConfig(Section):
+    """What is logged beside losses, correlations and retrieval figures."""
+
+    gradient_norm: bool = True
+    """Whether to log "train/gradient_norm", the length of the gradient before clipping."""
+    anisotropy: bool = True
+    """Whether to log "val/anisotropy", the mean cosine of all pairs of different embeddings."""
+
+
+@dataclass
 class CheckpointConfig(Section):
     """Which checkpoints are kept, beside the last."""
 
@@ -349,6 +359,8 @@ class TrainConfig(Section):
     """Optimizer and schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Lightning's Trainer."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What else is logged."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

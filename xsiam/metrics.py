@@ -1,4 +1,4 @@
-"""Rank and linear correlation of scores with labels, exact over any number of processes."""
+"""Correlations of scores with labels and other means, exact over any number of processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from xsiam.errors import InputError
 
 __all__ = [
+    "Anisotropy",
     "Correlations",
     "PairCorrelation",
     "PairMean",
@@ -158,6 +159,54 @@ class PairMean(Metric):
     def compute(self) -> Tensor:
         """Return the mean over all pairs."""
         mean: Tensor = self.total / self.n_pairs
+        return mean
+
+
+class Anisotropy(Metric):
+    """Mean cosine of all pairs of different embeddings, over all batches and processes.
+
+    With unit vectors u_i that is (|Σ u_i|² − Σ |u_i|²) / (n (n − 1)), so that no pair is formed and
+    nothing is sampled. It is exact up to rounding in float32. A text that comes several times
+    counts as often; an embedding of length 0 has cosines of 0.
+
+    Near 0 embeddings point in all directions; at 1 all of them point in one.
+
+    Args:
+        embedding_dim: K, dimension of the embeddings.
+
+    References:
+        Ethayarajh, "How Contextual are Contextualized Word Representations?" (EMNLP 2019), section
+        4.1, estimates the same mean from a sample of pairs.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    total: Tensor
+    squares: Tensor
+    n_embeddings: Tensor
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__()
+        for name, shape in (("total", (embedding_dim,)), ("squares", ())):
+            self.add_state(name, default=torch.zeros(shape), dist_reduce_fx="sum")
+        zero = torch.zeros((), dtype=torch.int64)
+        self.add_state("n_embeddings", default=zero, dist_reduce_fx="sum")
+
+    def update(self, embeddings: Tensor) -> None:
+        """Take in embeddings, [n, K]."""
+        units = torch.nn.functional.normalize(embeddings.detach().float(), dim=-1)
+        self.total += units.sum(dim=0)
+        self.squares += units.square().sum()
+        self.n_embeddings += len(units)
+
+    def compute(self) -> Tensor:
+        """Return the mean, a float64 scalar; NaN for fewer than two or embeddings with NaN."""
+        total, squares, n = (
+            v.cpu().double() for v in (self.total, self.squares, self.n_embeddings)
+        )
+        mean: Tensor = (total @ total - squares) / (n * (n - 1))
         return mean
 
 

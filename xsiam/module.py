@@ -19,7 +19,7 @@ from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
 from xsiam.losses import EmbeddedBatch, get_objective
-from xsiam.metrics import PairCorrelation, PairMean
+from xsiam.metrics import Anisotropy, PairCorrelation, PairMean
 from xsiam.retrieval import RETRIEVAL_FIGURES, PairRetrieval
 
 __all__ = ["SCHEDULES", "SiameseModule"]
@@ -39,13 +39,13 @@ _SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class SiameseModule(LightningModule):
     """Train a Siamese encoder on batches of `xsiam.data.PairDataModule`.
 
-    Logs ``train/loss`` each step and, for validation, ``val/loss``, ``val/spearman_cosine``,
-    ``val/pearson_cosine``, ``val/spearman_dot`` and ``val/pearson_dot``; for the test the same
-    under ``test/``. Validation and test values are those of all pairs on all processes, each
-    counted once. Pairs without labels have no correlation; where batches hold "text_ids", their
-    anchors rank the positives of all pairs instead: ``val/mrr@10``, ``val/ndcg@10``,
-    ``val/recall@1`` and ``val/recall@10`` (`xsiam.retrieval`). Pairs that lack what the objective
-    needs have no loss.
+    Logs ``train/loss`` and ``train/gradient_norm`` each step and, for validation, ``val/loss``,
+    ``val/spearman_cosine``, ``val/pearson_cosine``, ``val/spearman_dot``, ``val/pearson_dot`` and
+    ``val/anisotropy`` (`xsiam.metrics.Anisotropy`); for the test the same under ``test/``.
+    Validation and test values are those of all pairs on all processes, each counted once. Pairs
+    without labels have no correlation; where batches hold "text_ids", their anchors rank the
+    positives of all pairs instead: ``val/mrr@10``, ``val/ndcg@10``, ``val/recall@1`` and
+    ``val/recall@10`` (`xsiam.retrieval`). Pairs that lack what the objective needs have no loss.
 
     An objective that compares the pairs of a batch compares those of all processes in training, and
     logs ``train/masked_negatives`` (`xsiam.losses.Contrastive`). In validation it compares those of
@@ -64,6 +64,10 @@ class SiameseModule(LightningModule):
         objective_options: Options of the objective, such as ``{"temperature": 0.05}``.
         chunk_size: Most texts to embed at once in training; None embeds whole batches. The
             gradients are the same, see `xsiam.chunks`.
+        gradient_norm: Whether to log ``train/gradient_norm``, the length of the gradient of all
+            weights before it is clipped; without the scale that float16 training multiplies by,
+            and of the averaged gradient on several processes.
+        anisotropy: Whether to log ``val/anisotropy`` and ``test/anisotropy``.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -85,6 +89,8 @@ class SiameseModule(LightningModule):
         schedule: str = "linear",
         objective_options: Mapping[str, Any] | None = None,
         chunk_size: int | None = None,
+        gradient_norm: bool = True,
+        anisotropy: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
@@ -107,7 +113,11 @@ class SiameseModule(LightningModule):
                 "Set `optimizer.schedule`."
             )
         self.schedule = schedule
+        self.gradient_norm, self.anisotropy = gradient_norm, anisotropy
         self.undefined: dict[str, str] = {}
+        self.anisotropies = nn.ModuleDict(
+            {stage: Anisotropy(encoder.embedding_dim) for stage in _STAGES}
+        )
         self.mean_losses = nn.ModuleDict({stage: PairMean() for stage in _STAGES})
         self.retrievals = nn.ModuleDict(
             {stage: PairRetrieval(encoder.similarity) for stage in _STAGES}
@@ -139,6 +149,12 @@ class SiameseModule(LightningModule):
         for name, count in self.objective.figures(embedded).items():
             self.log(f"train/{name}", count, reduce_fx="sum", sync_dist=True, batch_size=size)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the length of the gradient, which is unscaled here and not yet clipped."""
+        if self.gradient_norm:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take a batch into the validation metrics."""
@@ -235,6 +251,8 @@ class SiameseModule(LightningModule):
 
     def _update(self, stage: str, batch: Batch) -> None:
         embedded = self._embed(batch)
+        if self.anisotropy:
+            self._anisotropy(stage).update(torch.cat([embedded.a, embedded.b]))
         if self.objective.problem_with(embedded) is None:
             self._mean_loss(stage).update(self._loss(embedded), len(embedded.a))
         if embedded.labels is not None:
@@ -254,6 +272,13 @@ class SiameseModule(LightningModule):
                 f"{stage}/loss",
                 loss if torch.isfinite(loss) else None,
                 f"the loss is {loss.item()}",
+            )
+        if self._anisotropy(stage).update_called:
+            mean = self._anisotropy(stage).compute()
+            self._log_or_explain(
+                f"{stage}/anisotropy",
+                mean if torch.isfinite(mean) else None,
+                f"the mean cosine is {mean.item()}",
             )
         for name in _SIMILARITIES:
             metric = self._correlation(stage, name)
@@ -280,12 +305,16 @@ class SiameseModule(LightningModule):
 
     def _reset(self, stage: str) -> None:
         self._mean_loss(stage).reset()
+        self._anisotropy(stage).reset()
         self._retrieval(stage).reset()
         for name in _SIMILARITIES:
             self._correlation(stage, name).reset()
 
     def _mean_loss(self, stage: str) -> PairMean:
         return cast(PairMean, self.mean_losses[stage])
+
+    def _anisotropy(self, stage: str) -> Anisotropy:
+        return cast(Anisotropy, self.anisotropies[stage])
 
     def _retrieval(self, stage: str) -> PairRetrieval:
         return cast(PairRetrieval, self.retrievals[stage])

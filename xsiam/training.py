@@ -177,6 +177,8 @@ def build_module(config: TrainConfig) -> SiameseModule:
         schedule=optimizer.schedule,
         objective_options=_options(config.objective),
         chunk_size=config.objective.chunk_size,
+        gradient_norm=config.metrics.gradient_norm,
+        anisotropy=config.metrics.anisotropy,
     )
 
 
@@ -241,11 +243,13 @@ class _Run:
         )
         self.history = HistoryLogger()
         self.keeper = KeepHistory(self.history)
-        tensorboard = TensorBoardLogger(output, "tensorboard", version="", default_hp_metric=False)
+        self.tensorboard = TensorBoardLogger(
+            output, "tensorboard", version="", default_hp_metric=False
+        )
         self.trainer = _build_trainer(
             config.trainer,
             output,
-            loggers=[tensorboard, self.history],
+            loggers=[self.tensorboard, self.history],
             callbacks=self._callbacks(data, interruption),
             validates=self.validates,
         )
@@ -260,6 +264,7 @@ class _Run:
         metrics = self._metrics(best)
         if trainer.is_global_zero:
             self.module.encoder.save_pretrained(self.output / "export")
+            self._log_hyperparameters(metrics, best["global_step"])
             write_results(self.output / "results.json", metrics, self._facts())
         trainer.strategy.barrier("results")
         return TrainingResult(
@@ -335,6 +340,15 @@ class _Run:
         if data.data.has("test"):
             metrics.update(trainer.test(self.module, datamodule=data, verbose=False)[0])
         return dict(trainer.strategy.broadcast(finite(metrics)))  # only the first has the history
+
+    def _log_hyperparameters(self, metrics: dict[str, float], step: int) -> None:
+        """Write configuration and final metrics as TensorBoard's HParams, if there are metrics.
+
+        The metrics have keys of their own, or the curves of validation would get another point.
+        """
+        final = {f"final/{key}": value for key, value in metrics.items()}
+        self.tensorboard.log_hyperparams(to_dict(self.config), final, step)
+        self.tensorboard.finalize("success")
 
     def _facts(self) -> dict[str, Any]:
         trainer, encoder = self.trainer, self.module.encoder
