@@ -353,6 +353,8 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "chunk_size": None,
         "gradient_norm": True,
         "anisotropy": True,
+        "layer_decay": None,
+        "freeze_layers": 0,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 

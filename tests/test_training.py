@@ -588,6 +588,76 @@ def test_negatives_are_refused_by_an_objective_without(inputs: Path, tmp_path: P
     refused(inputs, tmp_path, InputError, match, f"data.train={train_pairs}")
 
 
+# ---------------------------------------------------------------- layers
+
+
+def test_two_processes_train_upper_layers_at_their_rates(inputs: Path, tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter that is not frozen, from its second step on."""
+    output = tmp_path / "run"
+    more = ["model.freeze_layers=1", "optimizer.layer_decay=0.5", "trainer.max_steps=4"]
+    arguments = overrides(inputs, output, *more, "trainer.devices=2", "data.batch_size=4")
+    done = run_script(tmp_path, arguments)
+    assert done.returncode == 0, done.stderr
+    after = weights(output / "checkpoints" / "last.ckpt")
+    start = SiameseEncoder.from_pretrained(inputs / "model", device="cpu").state_dict()
+    moved = {name for name in start if not torch.equal(after[f"encoder.{name}"], start[name])}
+    assert moved
+    assert all(".layer.1." in name or ".layer.2." in name for name in moved)
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    last = {
+        tag.rpartition("/")[2]: events.Scalars(tag)[-1].value
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("train/learning_rate")
+    }
+    assert set(last) == {f"block_{b}_{kind}" for b in (1, 2) for kind in ("decayed", "not_decayed")}
+    assert last["block_1_decayed"] == pytest.approx(last["block_2_decayed"] / 2)
+
+
+def test_run_with_rates_by_layer_is_resumed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["model.freeze_layers=1", "optimizer.layer_decay=0.5", "checkpoint.every_n_steps=4"]
+    whole = train(inputs, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        raise_at(patch, "on_train_batch_start", 9, KilledError())
+        with pytest.raises(KilledError):
+            train(inputs, tmp_path / "run", *more)
+    assert_same_run(train(inputs, tmp_path / "run", "resume=auto", *more), whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ("model.freeze_layers=1", r"`model.freeze_layers` to be 0 as in.*but got 1. Set `model.fr"),
+        ("optimizer.layer_decay=0.9", r"`optimizer.layer_decay` to be None as in.*but got 0.9"),
+    ],
+)
+def test_resuming_with_other_layers_is_refused(
+    inputs: Path, tmp_path: Path, finished: TrainingResult, more: str, match: str
+) -> None:
+    resume = f"resume={finished.last_checkpoint}"
+    refused(inputs, tmp_path, CheckpointError, match, resume, more)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ("model.freeze_layers=9", r"0 and 3 for BertModel, but got 9. Set `model.freeze_layers`"),
+        ("model.freeze_layers=3", r"to leave something to train, but got 3.*`model.freeze_layers`"),
+        ("model.freeze_layers=-1", r"`model.freeze_layers` to be a whole number of 0 or more.*-1"),
+        (
+            "optimizer.layer_decay=0",
+            r"`optimizer.layer_decay` to be a number above 0 and at most 1",
+        ),
+        ("optimizer.layer_decay=1.1", r"`optimizer.layer_decay`.*but got 1.1"),
+    ],
+)
+def test_layers_out_of_range_are_refused(
+    inputs: Path, tmp_path: Path, more: str, match: str
+) -> None:
+    refused(inputs, tmp_path, InputError, match, more)
+
+
 # ---------------------------------------------------------------- choices
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -148,6 +149,7 @@ def _check_resumable(path: Path, module: SiameseModule) -> None:
             f"Expected {str(path)!r} to hold the state of a training run, but it has no "
             f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
         )
+    _check_layers(path, checkpoint.get("hyper_parameters", {}), module)
     own, theirs = module.state_dict(), checkpoint["state_dict"]
     for name in [*own, *theirs]:
         shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
@@ -155,6 +157,19 @@ def _check_resumable(path: Path, module: SiameseModule) -> None:
             raise CheckpointError(
                 f"Expected the checkpoint {str(path)!r} to be of this model, but {name!r} has "
                 f"shape {shapes[1]} there and {shapes[0]} here. Set `resume` or `model.name`."
+            )
+
+
+def _check_layers(path: Path, before: dict[str, Any], module: SiameseModule) -> None:
+    """Raise CheckpointError where the optimiser's groups would be others than before."""
+    for key, off in (("optimizer.layer_decay", None), ("model.freeze_layers", 0)):
+        name = key.partition(".")[2]
+        now, then = module.hparams[name], before.get(name, off)
+        if now != then:
+            raise CheckpointError(
+                f"Expected `{key}` to be {then} as in the checkpoint {str(path)!r}, whose "
+                f"optimiser goes with it, but got {now}. Set `{key}`, or `model.name` to the "
+                "checkpoint, to start a new run from its weights."
             )
 
 

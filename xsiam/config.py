@@ -33,6 +33,7 @@ NonNegative = Annotated[float, Constraint("a number of 0 or more", lambda value:
 Fraction = Annotated[
     float, Constraint("a fraction between 0 and 1, both excluded", lambda value: 0 < value < 1)
 ]
+Decay = Annotated[float, Constraint("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
 Share = Annotated[
     float, Constraint("a share from 0 up to but not including 1", lambda value: 0 <= value < 1)
 ]
@@ -105,6 +106,9 @@ class ModelConfig(Section):
     """Longest text in tokens; null takes the model's limit."""
     truncate_dim: Count | None = None
     """Number of leading embedding dimensions to keep; null takes the model's setting."""
+    freeze_layers: NonNegativeInt = 0
+    """Blocks that are not trained, counted from the bottom, up to all of them; with one or more the
+    embeddings are not trained either. 0 trains everything."""
 
 
 @dataclass
@@ -218,6 +222,9 @@ class OptimizerConfig(Section):
     """Highest learning rate."""
     weight_decay: NonNegative = 0.01
     """Weight decay, of all but biases and normalisation weights."""
+    layer_decay: Decay | None = None
+    """Learning rate of a block relative to that of the block above it: the top block has the full
+    rate, embeddings the lowest; null trains all at one rate."""
     warmup_fraction: Share = 0.1
     """Share of the steps over which the learning rate rises linearly from 0."""
     schedule: Literal["linear", "constant"] = "linear"

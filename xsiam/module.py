@@ -15,6 +15,7 @@ from transformers import get_constant_schedule_with_warmup, get_linear_schedule_
 
 from xsiam.checkpoint import check_format
 from xsiam.chunks import embed_in_chunks
+from xsiam.depth import check_depths, freeze_lower_layers, parameter_groups
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
@@ -68,6 +69,10 @@ class SiameseModule(LightningModule):
             weights before it is clipped; without the scale that float16 training multiplies by,
             and of the averaged gradient on several processes.
         anisotropy: Whether to log ``val/anisotropy`` and ``test/anisotropy``.
+        layer_decay: Learning rate of a block relative to that of the block above it, above 0 and at
+            most 1, see `xsiam.depth.parameter_groups`; None trains all at one rate.
+        freeze_layers: Blocks that are frozen, with the embeddings, counted from the bottom; 0
+            freezes nothing. They are frozen when training begins.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -91,6 +96,8 @@ class SiameseModule(LightningModule):
         chunk_size: int | None = None,
         gradient_norm: bool = True,
         anisotropy: bool = True,
+        layer_decay: float | None = None,
+        freeze_layers: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
@@ -113,6 +120,8 @@ class SiameseModule(LightningModule):
                 "Set `optimizer.schedule`."
             )
         self.schedule = schedule
+        check_depths(encoder, freeze_layers, layer_decay)
+        self.layer_decay, self.freeze_layers = layer_decay, freeze_layers
         self.gradient_norm, self.anisotropy = gradient_norm, anisotropy
         self.undefined: dict[str, str] = {}
         self.anisotropies = nn.ModuleDict(
@@ -127,8 +136,12 @@ class SiameseModule(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Freeze what embeddings do not depend on (DDP waits for gradients) and turn dropout on."""
+        """Freeze lower layers and what embeddings do not depend on, and turn dropout on.
+
+        Distributed training would wait for the gradients of what embeddings do not depend on.
+        """
         if stage == "fit":
+            freeze_lower_layers(self.encoder, self.freeze_layers)
             self.encoder.freeze_unused_parameters()
             # Loaded models are in eval mode, and Lightning trains in the mode that it finds.
             self.train()
@@ -182,7 +195,10 @@ class SiameseModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule, which moves every step."""
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate)
+        groups = parameter_groups(
+            self.encoder, self.learning_rate, self.weight_decay, self.layer_decay
+        )
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise InputError(
@@ -321,22 +337,6 @@ class SiameseModule(LightningModule):
 
     def _correlation(self, stage: str, name: str) -> PairCorrelation:
         return cast(PairCorrelation, self.correlations[f"{stage}_{name}"])
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return weights with decay, and vectors (biases, LayerNorm) without."""
-        trained = [p for p in self.encoder.parameters() if p.requires_grad]
-        return [
-            {
-                "params": [p for p in trained if p.ndim > 1],
-                "weight_decay": self.weight_decay,
-                "name": "decayed",
-            },
-            {
-                "params": [p for p in trained if p.ndim <= 1],
-                "weight_decay": 0.0,
-                "name": "not_decayed",
-            },
-        ]
 
 
 def _check(value: float, name: str, expected: str, holds: bool) -> float:

@@ -179,6 +179,8 @@ def build_module(config: TrainConfig) -> SiameseModule:
         chunk_size=config.objective.chunk_size,
         gradient_norm=config.metrics.gradient_norm,
         anisotropy=config.metrics.anisotropy,
+        layer_decay=optimizer.layer_decay,
+        freeze_layers=model.freeze_layers,
     )
 
 
