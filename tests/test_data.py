@@ -674,7 +674,7 @@ def test_batch_holds_what_it_says(tmp_path: Path) -> None:
 
 def test_unlabelled_batch_has_no_label(tmp_path: Path) -> None:
     data = PairDataModule(preprocess, test=many(tmp_path, 3, label=False))
-    assert set(next(iter(data.test_dataloader()))) == {"a", "b", "index"}
+    assert set(next(iter(data.test_dataloader()))) == {"a", "b", "index", "text_ids"}
 
 
 def test_batch_holds_negatives_and_numbers_of_texts(tmp_path: Path) -> None:

@@ -53,9 +53,10 @@ class Retrieval(NamedTuple):
 class PairRetrieval(Metric):
     """Let the anchors of all batches and processes rank the candidates of all of them.
 
-    Embeddings are gathered, never figures averaged. A pair that a sampler repeats counts once, by
-    its index, and a text counts once, by its number. What batches and processes change is only the
-    rounding of embeddings, which `TIE` allows for where texts have the same tokens.
+    Embeddings are gathered, never figures averaged. A text counts once, by its number, with the
+    embedding from the pair of the lowest index; so does a pair that a sampler repeats. What batches
+    and processes change is only the rounding of embeddings, which `TIE` allows for in float32 where
+    different texts have the same tokens. Training in less precision rounds more than that.
 
     Memory holds every embedding, and at most 2²² scores at once (or those of one anchor).
 
