@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,26 @@ def test_module_logs_the_figures_of_pairs_without_labels(
     assert {key: logged[key] for key in expected} == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["val/mrr@10"] < 1  # or the test shows little
     assert not [key for key in logged if "spearman" in key]
+
+
+def test_texts_of_equal_tokens_are_ties_in_any_batches(tmp_path: Path) -> None:
+    """Every positive has a wrong twin that differs in blanks only, so that none comes first."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for _ in range(12)]
+    rows = [(f"a {text}", text) for text in texts]
+    rows += [(f"not {text}", text.replace(" ", "  ")) for text in texts]
+    path = tmp_path / "twins.tsv"
+    lines = ["anchor\tpositive", *("\t".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    encoder = SiameseEncoder(tiny_model(), reference="uniform")
+    found = []
+    for batch_size in (1, 5, 24):
+        data = PairDataModule(encoder.preprocess, test=path, eval_batch_size=batch_size)
+        run = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        found.append(run.test(SiameseModule(encoder), datamodule=data, verbose=False)[0])
+        assert found[-1]["test/recall@1"] == 0
+    for key in RETRIEVAL_FIGURES:
+        assert len({logged[f"test/{key}"] for logged in found}) == 1
 
 
 def test_test_pairs_without_labels_have_figures_whatever_the_objective(
