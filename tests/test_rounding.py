@@ -86,7 +86,9 @@ def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
     for one, other in zip(spoilt, exact, strict=True):
         assert one.converged
         assert (one.vectors - other.vectors).abs().max() <= LOOSE * float(other.delta.norm())
-        assert one.n_nodes > other.n_nodes  # what was spent in vain is counted
+        # What was spent in vain is counted, also where the first rule would have been too little.
+        assert one.n_nodes >= other.n_nodes
+    assert sum(v.n_nodes for v in spoilt) > sum(v.n_nodes for v in exact)
 
 
 def test_what_the_machine_rounds_is_honest() -> None:

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xsiam.nodes import embed_missing_ends, flatten, is_over, plan, proposed_rule, sample_cost
+from xsiam.nodes import (
+    embed_missing_ends,
+    error_on,
+    fitted_curve,
+    flatten,
+    is_over,
+    plan,
+    proposed_rule,
+    sample_cost,
+)
 from xsiam.panels import (
     FIRST_ORDER,
     Panel,
@@ -90,15 +99,31 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     return [_assemble(text, is_estimated) for text in texts]
 
 
-def first_rule(group: PathGroup, tolerance: float, max_nodes: int) -> Rule:
-    """Return the nodes that the first path of a group needs: where to begin with others.
+def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) -> Rule:
+    """Return the nodes to begin with, from the first paths of some groups.
 
-    Sharp turns of a model lie at much the same place of every path: one short text tells where.
+    Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
+    where. Each of them proposes a rule. A text that a rule does not do for is evaluated again with
+    its own, and the rule is taken with which those texts would cost the fewest nodes.
     """
-    text = PathPanels(0, tolerance, max_nodes, [_whole(group, 0, gauss(FIRST_ORDER))])
-    plan(group, [text], None)
-    allowed = _FIRST_SHARE * tolerance * text.scale
-    return proposed_rule(text, text.root, max_nodes, allowed) or gauss(FIRST_ORDER)
+    proposed, curves = [], []
+    for group in groups:
+        text = PathPanels(0, tolerance, max_nodes, [_whole(group, 0, gauss(FIRST_ORDER))])
+        plan(group, [text], None)
+        allowed = _FIRST_SHARE * tolerance * text.scale
+        found = proposed_rule(text, text.root, max_nodes, allowed)
+        proposed.append(found or gauss(FIRST_ORDER))
+        curves.append((fitted_curve(text, text.root), allowed))
+
+    def cost(rule: Rule) -> float:
+        again = [
+            own.n_nodes
+            for own, (curve, allowed) in zip(proposed, curves, strict=True)
+            if own is not rule and (curve is None or error_on(curve, rule) > allowed)
+        ]
+        return rule.n_nodes + sum(again) / len(proposed)
+
+    return min(proposed, key=cost)
 
 
 def integrate_adaptive(

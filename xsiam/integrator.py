@@ -46,7 +46,7 @@ _LEAST_ROUNDED_TOLERANCE = 3e-3
 # tolerance; a machine that rounds nothing moves less than the least.
 _ROUNDING_SAFETY, _ROUNDING_SHARE, _LEAST_ROUNDING = 1.5, 0.5, 1e-5
 _PROBE_TEXT = "A dog runs after the kitten."
-# What all of these begin with does for most texts; a rule for one alone fails for many.
+# What one text alone needs is too little for many others.
 _PROBE_TEXTS = (
     _PROBE_TEXT,
     "The stock market fell sharply on Monday.",
@@ -243,12 +243,9 @@ class TextIntegrator:
 
     @cached_property
     def _first_rule(self) -> Rule:
-        """The most nodes that a text of ours needs, the same whatever was integrated before."""
-        rules = [
-            first_rule(self._probe_group(text), self.tolerance, self.max_nodes)
-            for text in _PROBE_TEXTS
-        ]
-        return max(rules, key=lambda rule: rule.n_nodes)
+        """The nodes that do for texts of ours, the same whatever was integrated before."""
+        groups = [self._probe_group(text) for text in _PROBE_TEXTS]
+        return first_rule(groups, self.tolerance, self.max_nodes)
 
     @cached_property
     def _rounding(self) -> float | None:

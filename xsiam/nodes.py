@@ -72,13 +72,26 @@ def proposed_rule(
         most: The most nodes that it may have.
         allowed: What it may err on the curve; None is the panel's share, with a margin.
     """
+    curve = fitted_curve(text, panel)
+    if curve is None:
+        return None
+    share = _PREDICTION_SHARE * text.share(panel)
+    return _cheapest(curve, share if allowed is None else allowed, most)
+
+
+def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
+    """Return the curve through the samples of a panel, or None where there are too few of them."""
     points, samples = _samples_in(text, panel)
     if len(points) < _FEWEST_SAMPLES or not samples.any():
         return None
-    share = text.share(panel)
-    misfit = max(_MISFIT_SHARE * share, panel.whole_noise)
-    curve = rational_curve(points, samples, panel.increment().numpy(), misfit)
-    return _cheapest(curve, _PREDICTION_SHARE * share if allowed is None else allowed, most)
+    misfit = max(_MISFIT_SHARE * text.share(panel), panel.whole_noise)
+    return rational_curve(points, samples, panel.increment().numpy(), misfit)
+
+
+def error_on(curve: RationalCurve, rule: Rule) -> float:
+    """Return the error of a rule on a curve."""
+    nodes, weights = rule.nodes.numpy()[None], rule.weights.numpy()[None]
+    return float(_errors(curve, curve.integral(), nodes, weights)[0])
 
 
 def sample_cost(group: PathGroup) -> float:
