@@ -8,7 +8,8 @@ from models import TEXT_A, TEXT_B, tiny_model
 from torch import nn
 
 from xsiam import SiameseEncoder
-from xsiam.linear import FastLinear, linear
+from xsiam import linear as module
+from xsiam.linear import FastLinear, linear, rounded_products
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 4, 7), (0, 7)])
@@ -49,3 +50,21 @@ def test_gradients_pass_by() -> None:
     with FastLinear():
         layer(x).sum().backward()
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 4))
+
+
+def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_ONEDNN", module._ONEDNN or torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(module, "_ROUNDS_HERE", True)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(300, 64, generator=generator), torch.randn(40, 64, generator=generator)
+    exact = x.double() @ weight.double().mT
+    factors = x.bfloat16().double() @ weight.bfloat16().double().mT
+    with rounded_products():
+        rounded = linear(x, weight)
+        few = linear(x[:8], weight)
+    assert rounded.dtype == torch.float32
+    # The product is that of rounded factors, itself rounded: half a unit of 8 bits.
+    assert torch.allclose(rounded.double(), factors, rtol=2**-8, atol=1e-4)
+    assert (rounded - exact).norm() > 1e-3 * exact.norm()
+    for plain, wanted in ((few, exact[:8]), (linear(x, weight), exact)):
+        assert torch.allclose(plain.double(), wanted, atol=1e-4)

@@ -80,15 +80,19 @@ def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
     n_probe = length_of(encoder, PROBE)
     imitate(lambda group: BFLOAT16_LIKE if group.length == n_probe else 0.3)
     texts = [text for text in TEXTS if length_of(encoder, text) != n_probe]
-    spoilt = PairAttributor(encoder, 1, tolerance=LOOSE).token_vectors(texts)
+    attributor = PairAttributor(encoder, 1, tolerance=LOOSE)
+    spoilt = attributor.token_vectors(texts)
+    n_first = attributor.integrator._first_rule.n_nodes
     options = {"tolerance": LOOSE, "matmul_precision": "highest"}
     exact = PairAttributor(encoder, 1, **options).token_vectors(texts)
     for one, other in zip(spoilt, exact, strict=True):
         assert one.converged
         assert (one.vectors - other.vectors).abs().max() <= LOOSE * float(other.delta.norm())
-        # What was spent in vain is counted, also where the first rule would have been too little.
-        assert one.n_nodes >= other.n_nodes
-    assert sum(v.n_nodes for v in spoilt) > sum(v.n_nodes for v in exact)
+        # What was spent in vain is counted: rounded it always is, exactly only where the rule that
+        # is tried first is too little.
+        assert one.n_nodes > n_first
+        assert one.n_nodes > other.n_nodes or other.n_nodes > n_first
+    assert any(other.n_nodes == n_first for other in exact)
 
 
 def test_what_the_machine_rounds_is_honest() -> None:
