@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -22,9 +25,10 @@ from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
 from xsiam.pairs import PairDataset
 from xsiam.result import PairAttribution
+from xsiam.sharding import ShardedStrategy, copy_weights
 
-# Strategies under which a process holds all weights, so that it can attribute on its own.
-_WHOLE_WEIGHTS = ("SingleDeviceStrategy", "DDPStrategy")
+# Strategies under which a process holds all weights, or can gather them.
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class AttributionMonitor(Callback):
     heat maps of the first pairs to TensorBoard. Pairs are shared out over processes and every value
     is computed on the gathered pairs. Training is left as it is without the monitor: random states,
     modes, gradients and precision settings.
+
+    Where processes share the weights, each gathers them into a whole copy of the encoder, which
+    stands on the processor between validations: attributions need hidden states of the whole model.
 
     Args:
         pairs: Where the sample is drawn from, usually the validation pairs.
@@ -108,13 +115,15 @@ class AttributionMonitor(Callback):
             "time_budget": time_budget,
             "memory_budget": memory_budget,
         }
+        self._copy: SiameseEncoder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check everything that can be wrong before any long work.
 
         Raises:
             InputError: If a layer, a role or a rule does not exist, a number is out of range, the
-                weights are sharded, or another callback monitors what is not logged.
+                strategy shares weights in a way of its own, or another callback monitors what is
+                not logged.
             ModelError: If the model cannot be attributed.
         """
         encoder = _encoder_of(pl_module)
@@ -122,14 +131,15 @@ class AttributionMonitor(Callback):
             encoder.check_layer(layer, key="attribution.layers")
         for role in self.roles:
             encoder.check_role(role)
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _WHOLE_WEIGHTS:
+        if type(trainer.strategy) not in _STRATEGIES:  # others derive from these
             raise InputError(
-                f"Expected a strategy under which each process holds all weights "
-                f"({', '.join(_WHOLE_WEIGHTS)}), but got {strategy}: attributions need hidden "
-                "states of the whole model. Set `attribution.enabled=false` or "
-                "`trainer.strategy=ddp`."
+                "Expected a strategy under which each process holds all weights or can gather them "
+                f"({', '.join(s.__name__ for s in _STRATEGIES)}), but got "
+                f"{type(trainer.strategy).__name__}: attributions need hidden states of the whole "
+                "model. Set `attribution.enabled=false`, or `trainer.strategy` to ddp or fsdp."
             )
+        if isinstance(trainer.strategy, ShardedStrategy):
+            encoder = self._copy_of(encoder)
         if self.layers:
             # Refuses what it cannot do; the first validation would be an epoch later.
             with isolate_rng():
@@ -148,14 +158,37 @@ class AttributionMonitor(Callback):
         skipped = fitting and (trainer.current_epoch + 1) % self.every_n_epochs
         if trainer.sanity_checking or skipped:
             return
-        encoder = _encoder_of(pl_module)
-        with isolate_rng():
+        with isolate_rng(), self._whole(_encoder_of(pl_module)) as encoder:
             for layer in self.layers:
                 gathered = _gather(self._attribute_share(encoder, layer, trainer))
                 for name, value in _summary(gathered).items():
                     pl_module.log(layer_key(layer, name), value, rank_zero_only=False)
                 if trainer.is_global_zero:
                     self._draw(trainer, layer, gathered)
+
+    def _copy_of(self, encoder: SiameseEncoder) -> SiameseEncoder:
+        """Return a whole copy of an encoder, made before its weights are shared out."""
+        if self._copy is None:
+            if encoder.sharded:
+                raise ModelError(
+                    "Expected an encoder whose weights are not shared out yet, but they are. Pass "
+                    "the same AttributionMonitor to the trainer that shared them out."
+                )
+            self._copy = copy.deepcopy(encoder)
+        return self._copy
+
+    @contextmanager
+    def _whole(self, encoder: SiameseEncoder) -> Iterator[SiameseEncoder]:
+        """Give an encoder with all weights: itself, or its copy where processes share them."""
+        if not encoder.sharded:
+            yield encoder
+            return
+        whole = self._copy_of(encoder).to(encoder.device)
+        copy_weights(encoder, whole)
+        try:
+            yield whole
+        finally:
+            whole.to("cpu")
 
     def _attribute_share(self, encoder: SiameseEncoder, layer: int, trainer: Trainer) -> _Share:
         """Attribute every world-size-th pair of the sample."""

@@ -323,7 +323,7 @@ def _write_without_weights(model: SentenceTransformer, folder: Path) -> dict[str
             module.save_config(str(folder / place))
             prefix = f"{name}.model."
         else:
-            module.save(str(folder / place))
+            module.save_config(str(folder / place))
         if any(key.startswith(prefix) for key in model.state_dict()):
             weights[place] = prefix
         kind = f"{type(module).__module__}.{type(module).__name__}"

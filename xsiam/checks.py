@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from xsiam.checkpoint import read_checkpoint
 from xsiam.config import TrainConfig
-from xsiam.data import PairDataModule, PairDataset
+from xsiam.data import SPLITS, PairDataModule, PairDataset
 from xsiam.errors import CheckpointError, InputError
 from xsiam.metrics import undefined_reason
 from xsiam.module import SiameseModule
@@ -19,6 +19,9 @@ from xsiam.retrieval import RETRIEVAL_FIGURES
 
 AUTO_RESUME = "auto"
 """Value of `resume` that takes the last checkpoint of the output folder, if there is one."""
+
+FSDP = "fsdp"
+"""Value of `trainer.strategy` under which processes share the weights."""
 
 CORRELATIONS = tuple(
     f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
@@ -91,7 +94,19 @@ def check_run(
     if has_validation:
         _check_monitor(config, module, data)
     if resume is not None:
-        _check_resumable(resume, module)
+        _check_resumable(resume, module, sharded=config.trainer.strategy == FSDP)
+
+
+def check_processes(data: PairDataModule, n_processes: int) -> None:
+    """Raise InputError where a process would have no pair, naming the split."""
+    for split in SPLITS:
+        n = len(data.pairs(split)) if data.has(split) else n_processes
+        if n < n_processes:
+            raise InputError(
+                f"Expected {n_processes} {split} pairs or more, one for each process, but got {n}. "
+                f"Set `trainer.devices` or `trainer.num_nodes` lower, or `data.{split}` to more "
+                "pairs."
+            )
 
 
 def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataModule) -> None:
@@ -140,7 +155,7 @@ def _no_retrieval(pairs: PairDataset) -> str | None:
     return None
 
 
-def _check_resumable(path: Path, module: SiameseModule) -> None:
+def _check_resumable(path: Path, module: SiameseModule, *, sharded: bool) -> None:
     """Raise CheckpointError where a checkpoint cannot be continued with this model."""
     checkpoint = read_checkpoint(path)
     missing = [key for key in ("loops", "optimizer_states") if key not in checkpoint]
@@ -148,6 +163,12 @@ def _check_resumable(path: Path, module: SiameseModule) -> None:
         raise CheckpointError(
             f"Expected {str(path)!r} to hold the state of a training run, but it has no "
             f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
+        )
+    if checkpoint["xsiam"].get("sharded", False) != sharded:
+        raise CheckpointError(
+            f"Expected `trainer.strategy` to be {'another than ' if sharded else ''}{FSDP!r} as in "
+            f"the checkpoint {str(path)!r}, whose optimiser goes with it. Set `trainer.strategy`, or "
+            "`model.name` to the checkpoint, to start a new run from its weights."
         )
     _check_layers(path, checkpoint.get("hyper_parameters", {}), module)
     own, theirs = module.state_dict(), checkpoint["state_dict"]

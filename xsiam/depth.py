@@ -9,6 +9,7 @@ its table of relative positions, which all blocks read, in block 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     layer_decay: float | None = None,
+    depths: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the groups of an optimiser: every trainable parameter in exactly one of them.
 
@@ -106,6 +108,7 @@ def parameter_groups(
         learning_rate: The highest rate.
         weight_decay: Of weight matrices.
         layer_decay: d, above 0 and at most 1; None gives all of them one rate, in two groups.
+        depths: What `parameter_depths` returned; None asks it now, which takes whole weights.
 
     Returns:
         Groups with "params", "weight_decay", "lr" and "name".
@@ -121,7 +124,7 @@ def parameter_groups(
     trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     if layer_decay is None:
         return _by_decay(list(trained.values()), learning_rate, weight_decay, "")
-    depths = parameter_depths(encoder)
+    depths = parameter_depths(encoder) if depths is None else depths
     groups: list[dict[str, Any]] = []
     for depth in sorted({depths[name] for name in trained}):
         rate = learning_rate * layer_decay ** max(0, encoder.n_layers - depth)

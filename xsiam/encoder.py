@@ -100,6 +100,9 @@ class SiameseEncoder(nn.Module):
         self._shift_cache: dict[Hashable, Tensor] = {}
         self._cache_weights: Hashable = None
         self.longest_warned = 0
+        # Whether processes share the weights (`xsiam.sharding`). All then embed the same number of
+        # times, so that none may spare itself what another needs.
+        self.sharded = False
         pad_id(self.tokenizer)  # needed by every batch
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
@@ -225,7 +228,8 @@ class SiameseEncoder(nn.Module):
         embedding = self._shifted(features)
         if self.normalize:
             embedding = torch.nn.functional.normalize(embedding, dim=-1)
-        return embedding[:, : self.model.truncate_dim]
+        size = self.model.truncate_dim
+        return embedding if size is None else embedding[:, :size]
 
     def parts(self, features: Features) -> Parts:
         """Return ẽ and the norms the model divides by, for a batch of features."""
@@ -246,7 +250,7 @@ class SiameseEncoder(nn.Module):
         """Return e(r) for each text of a batch, [n, K] or [n or 1, K], or None without a shift."""
         if not self.shift:
             return None
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or self.sharded:
             return self.reference.embedding(self.split, features)
         return self._cached_shift(features)
 

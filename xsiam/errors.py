@@ -18,6 +18,10 @@ class CheckpointError(ModelError):
     """A checkpoint, exported folder or archive is missing, damaged, unsafe or of a newer format."""
 
 
+class ProcessError(ValueError):
+    """A process of a run lost the others: one of them died, or did not answer in time."""
+
+
 class ConvergenceWarning(RuntimeWarning):
     """A quadrature stopped at its budget before the tolerance was met; the best result is kept."""
 

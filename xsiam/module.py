@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,14 @@ from transformers import get_constant_schedule_with_warmup, get_linear_schedule_
 
 from xsiam.checkpoint import check_format
 from xsiam.chunks import embed_in_chunks
-from xsiam.depth import check_depths, freeze_lower_layers, parameter_groups
+from xsiam.depth import check_depths, freeze_lower_layers, parameter_depths, parameter_groups
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
 from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import Anisotropy, PairCorrelation, PairMean
 from xsiam.retrieval import RETRIEVAL_FIGURES, PairRetrieval
+from xsiam.sharding import ShardedStrategy, gathered, shard, whole
 
 __all__ = ["SCHEDULES", "SiameseModule"]
 
@@ -73,6 +75,8 @@ class SiameseModule(LightningModule):
             most 1, see `xsiam.depth.parameter_groups`; None trains all at one rate.
         freeze_layers: Blocks that are frozen, with the embeddings, counted from the bottom; 0
             freezes nothing. They are frozen when training begins.
+        activation_checkpointing: Whether training keeps only what enters each block for the
+            backward pass, and computes the blocks again there: less memory, the same gradients.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -98,6 +102,7 @@ class SiameseModule(LightningModule):
         anisotropy: bool = True,
         layer_decay: float | None = None,
         freeze_layers: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
@@ -123,6 +128,8 @@ class SiameseModule(LightningModule):
         check_depths(encoder, freeze_layers, layer_decay)
         self.layer_decay, self.freeze_layers = layer_decay, freeze_layers
         self.gradient_norm, self.anisotropy = gradient_norm, anisotropy
+        self.activation_checkpointing = activation_checkpointing
+        self._depths: dict[str, int] | None = None
         self.undefined: dict[str, str] = {}
         self.anisotropies = nn.ModuleDict(
             {stage: Anisotropy(encoder.embedding_dim) for stage in _STAGES}
@@ -143,12 +150,21 @@ class SiameseModule(LightningModule):
         if stage == "fit":
             freeze_lower_layers(self.encoder, self.freeze_layers)
             self.encoder.freeze_unused_parameters()
+            if self.layer_decay is not None:  # found out before weights may be shared out
+                self._depths = parameter_depths(self.encoder)
             # Loaded models are in eval mode, and Lightning trains in the mode that it finds.
             self.train()
 
+    def configure_model(self) -> None:
+        """Share the weights out over the processes where the strategy is to do so."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
+
     def forward(self, features: Batch) -> Tensor:
         """Embed a batch of features: [n, K]."""
-        embeddings: Tensor = self.encoder(features)
+        saves = self.training and self.activation_checkpointing
+        with self.encoder.split.recomputing() if saves else nullcontext():
+            embeddings: Tensor = self.encoder(features)
         return embeddings
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -167,7 +183,7 @@ class SiameseModule(LightningModule):
         """Log the length of the gradient, which is unscaled here and not yet clipped."""
         if self.gradient_norm:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/gradient_norm", whole(torch.nn.utils.get_total_norm(gradients)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take a batch into the validation metrics."""
@@ -196,7 +212,7 @@ class SiameseModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule, which moves every step."""
         groups = parameter_groups(
-            self.encoder, self.learning_rate, self.weight_decay, self.layer_decay
+            self.encoder, self.learning_rate, self.weight_decay, self.layer_decay, self._depths
         )
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
@@ -223,8 +239,11 @@ class SiameseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `SiameseEncoder.from_pretrained` needs to rebuild the encoder."""
+        with gathered(self.encoder):
+            payload = self.encoder.checkpoint_payload()
         checkpoint["xsiam"] = {
-            **self.encoder.checkpoint_payload(),
+            **payload,
+            "sharded": self.encoder.sharded,
             "objective": self.objective.name,
             "objective_options": dict(self.hparams["objective_options"] or {}),
         }

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xsiam.errors import InputError, ModelError
 
@@ -371,13 +372,31 @@ class SplitModel:
                 raise _Captured(_hidden_of(args, kwargs))
             return forward(*args, **kwargs)
 
-        own = [vars(block).get("forward") for block in self.blocks]  # offloading tools set one
-        for block in self.blocks:
-            block.forward = functools.partial(call, block.forward)
+        with self._forwards({block: functools.partial(call, block.forward) for block in self.blocks}):
+            yield
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Let blocks keep only their inputs for the backward pass, and compute all else again there.
+
+        Dropout is the same both times, and so are the gradients; the price is a second forward pass
+        of the blocks. This holds for forwards meanwhile, whenever their backward pass comes.
+        """
+        with self._forwards(
+            {block: functools.partial(_recomputed, block, block.forward) for block in self.blocks}
+        ):
+            yield
+
+    @contextmanager
+    def _forwards(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+        """Replace the forwards of blocks meanwhile."""
+        own = {block: vars(block).get("forward") for block in forwards}  # offloading tools set one
+        for block, forward in forwards.items():
+            block.forward = forward
         try:
             yield
         finally:
-            for block, forward in zip(self.blocks, own, strict=True):
+            for block, forward in own.items():
                 if forward is None:
                     del block.forward
                 else:
@@ -395,6 +414,20 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the forward of a block without keeping more than its inputs.
+
+    The backward pass comes when the block may be in another mode, so that it is kept as well.
+    """
+    evaluates = not block.training
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with evaluation_mode(block) if evaluates else nullcontext():
+            return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def features_to(features: Mapping[str, Any], device: torch.device) -> Features:

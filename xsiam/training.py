@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,24 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 
 from xsiam.checkpoint import read_checkpoint
-from xsiam.checks import check_accelerator, check_run, default_monitor, resume_path, validates
+from xsiam.checks import (
+    FSDP,
+    check_accelerator,
+    check_processes,
+    check_run,
+    default_monitor,
+    resume_path,
+    validates,
+)
 from xsiam.config import (
     AttributionConfig,
     ObjectiveConfig,
@@ -39,11 +54,12 @@ from xsiam.config import (
 )
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import InputError, ModelError
+from xsiam.errors import InputError, ModelError, ProcessError
 from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
 from xsiam.losses import get_objective
 from xsiam.module import SiameseModule
 from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
+from xsiam.sharding import ShardedStrategy, load_weights
 
 __all__ = ["TrainingResult", "run_training"]
 
@@ -58,6 +74,7 @@ _EXPECTED_WARNINGS = (
     r".*recommended to use `self\.log\(.*sync_dist=True",  # values are gathered already
     r".*dirpath has changed from",  # resumed from the checkpoint of another run
     r".*LeafSpec",  # lightning 2.6 on torch 2.13
+    r".*FSDP2-wrapped module .* returned a view",  # T5's blocks; nothing is added in place
 )
 
 
@@ -181,6 +198,7 @@ def build_module(config: TrainConfig) -> SiameseModule:
         anisotropy=config.metrics.anisotropy,
         layer_decay=optimizer.layer_decay,
         freeze_layers=model.freeze_layers,
+        activation_checkpointing=config.trainer.activation_checkpointing,
     )
 
 
@@ -255,6 +273,7 @@ class _Run:
             callbacks=self._callbacks(data, interruption),
             validates=self.validates,
         )
+        check_processes(data, self.trainer.world_size)
 
     def execute(self, resume: Path | None) -> TrainingResult:
         """Train, test, export and write the results."""
@@ -265,9 +284,10 @@ class _Run:
         best = self._load_best()
         metrics = self._metrics(best)
         if trainer.is_global_zero:
-            self.module.encoder.save_pretrained(self.output / "export")
+            encoder = self._whole_encoder()
+            encoder.save_pretrained(self.output / "export")
             self._log_hyperparameters(metrics, best["global_step"])
-            write_results(self.output / "results.json", metrics, self._facts())
+            write_results(self.output / "results.json", metrics, self._facts(encoder))
         trainer.strategy.barrier("results")
         return TrainingResult(
             best_checkpoint=self.checkpoints / "best.ckpt",
@@ -329,8 +349,15 @@ class _Run:
                 shutil.copyfile(recorded, best)  # resumed from another run's folder
         self.trainer.strategy.barrier("best")
         checkpoint = read_checkpoint(best)
-        self.module.load_state_dict(checkpoint["state_dict"])
+        load_weights(self.module, checkpoint["state_dict"])
         return checkpoint
+
+    def _whole_encoder(self) -> SiameseEncoder:
+        """Return the encoder with the best weights, read anew where processes share its weights."""
+        encoder = self.module.encoder
+        if not encoder.sharded:
+            return encoder
+        return SiameseEncoder.from_pretrained(self.checkpoints / "best.ckpt", device="cpu")
 
     def _metrics(self, best: dict[str, Any]) -> dict[str, float]:
         """Return the metrics of the best validation, and those of a test with the best weights."""
@@ -352,8 +379,8 @@ class _Run:
         self.tensorboard.log_hyperparams(to_dict(self.config), final, step)
         self.tensorboard.finalize("success")
 
-    def _facts(self) -> dict[str, Any]:
-        trainer, encoder = self.trainer, self.module.encoder
+    def _facts(self, encoder: SiameseEncoder) -> dict[str, Any]:
+        trainer = self.trainer
         score = self.best.best_model_score
         return {
             **run_facts(),
@@ -390,11 +417,11 @@ def _build_trainer(
     """Return the trainer; what Lightning refuses becomes an InputError."""
     show_progress = any(isinstance(callback, RichProgressBar) for callback in callbacks)
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=ShardedStrategy() if config.strategy == FSDP else config.strategy,
             precision=config.precision,  # type: ignore[arg-type]  # any text; Lightning checks it
             max_epochs=config.max_epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
@@ -421,6 +448,21 @@ def _build_trainer(
             f"{config.accelerator}`, `trainer.devices={config.devices}`, `trainer.strategy="
             f"{config.strategy}`, `trainer.precision={config.precision}`: {error}"
         ) from error
+    _set_up(trainer.strategy, config)
+    return trainer
+
+
+def _set_up(strategy: Strategy, config: TrainerConfig) -> None:
+    """Refuse strategies that share weights in ways of their own, and set how long all wait."""
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
+        raise InputError(
+            "Expected `trainer.strategy` to be auto, ddp or fsdp, but got "
+            f"{config.strategy!r}, under which checkpoints are not one file with whole weights. Set "
+            f"`trainer.strategy={FSDP}`."
+        )
+    if config.timeout is not None and isinstance(strategy, ParallelStrategy):
+        # Lightning takes it as an argument, but "auto" leaves it the choice of the strategy.
+        strategy._timeout = timedelta(seconds=config.timeout)  # type: ignore[attr-defined]
 
 
 def _attribution_monitor(config: TrainConfig, data: PairDataModule) -> list[Callback]:

@@ -106,7 +106,7 @@ class VectorReference(UniformReference):
         if self.c is None:
             raise InputError(f"Expected a vector of reference {self.name!r}, but it has none yet.")
         weight = next(p for p in split.model.parameters() if p.is_floating_point())
-        return self.c.to(weight)[None, None]
+        return self.c.to(weight.device, weight.dtype)[None, None]
 
     def check(self, split: SplitModel, features: Features) -> None:
         """Raise ModelError where e(r) depends on the length or the vector is another model's."""
