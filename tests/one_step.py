@@ -23,6 +23,7 @@ from xsiam.data import PairCollator
 from xsiam.encoder import SiameseEncoder
 from xsiam.module import SiameseModule
 from xsiam.pairs import PairDataset
+from xsiam.sharding import ShardedStrategy, whole
 
 
 class Case(NamedTuple):
@@ -33,6 +34,8 @@ class Case(NamedTuple):
     chunk_size: int | None = None
     sizes: tuple[int, int] = (4, 4)  # rows of the first process and of the second
     precision: str = "64-true"
+    strategy: str = "ddp"
+    recompute: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(value).replace(", ", "+") for value in self)
@@ -47,6 +50,12 @@ CASES = (
     Case("cosent", 0),
     Case("cosent", 0, sizes=(5, 3)),
     Case("mse_cosine", 0),
+    Case("mse_cosine", 0, recompute=True),
+    *(Case("contrastive", 1, chunk, strategy="fsdp", precision="32-true") for chunk in (None, 3)),
+    *(
+        Case("cosent", 0, strategy="fsdp", precision="32-true", recompute=recompute)
+        for recompute in (False, True)
+    ),
 )
 
 WORDS = ("dog", "cat", "kitten", "house", "yard", "garden", "red", "big")
@@ -73,7 +82,7 @@ class KeepGradients(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         self.gradients = {
-            name: parameter.grad.clone()
+            name: whole(parameter.grad).clone()
             for name, parameter in pl_module.named_parameters()
             if parameter.grad is not None
         }
@@ -89,14 +98,16 @@ def step(
         case.objective,
         objective_options=options,
         chunk_size=case.chunk_size,
+        activation_checkpointing=case.recompute,
     )
+    several = ShardedStrategy() if case.strategy == "fsdp" else case.strategy
     collate = PairCollator(encoder.preprocess, with_text_ids=module.objective.in_batch)
     data = pairs(case.columns, labelled=module.objective.needs_label)
     keep = KeepGradients()
     trainer = Trainer(
         accelerator="cpu",
         devices=n_processes,
-        strategy="ddp" if n_processes > 1 else "auto",
+        strategy=several if n_processes > 1 else "auto",
         precision=case.precision,  # type: ignore[arg-type]
         max_epochs=1,
         logger=False,

@@ -355,6 +355,7 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "anisotropy": True,
         "layer_decay": None,
         "freeze_layers": 0,
+        "activation_checkpointing": False,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConvergenceWarning,
         InputError,
         ModelError,
+        ProcessError,
         TruncationWarning,
     )
     from xsiam.index import TokenVectorIndex
@@ -39,6 +40,7 @@ __all__ = [
     "PairAttribution",
     "PairAttributor",
     "PairDataModule",
+    "ProcessError",
     "SiameseEncoder",
     "SiameseModule",
     "SpanAttribution",
@@ -59,6 +61,7 @@ _MODULES = {
     "PairAttribution": "result",
     "PairAttributor": "attribution",
     "PairDataModule": "data",
+    "ProcessError": "errors",
     "SiameseEncoder": "encoder",
     "SiameseModule": "module",
     "SpanAttribution": "spans",

@@ -103,6 +103,7 @@ def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
 def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
     """Return all of an encoder but its weights: plain values, and bytes as tensors."""
     model = encoder.model
+    settings = _settings_of(encoder)  # first: asking for names of weights shares them out again
     with tempfile.TemporaryDirectory() as folder:
         weights = _write_without_weights(model, Path(folder))
         files = {
@@ -112,7 +113,7 @@ def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
         }
     return {
         "format_version": FORMAT_VERSION,
-        "encoder": _settings_of(encoder),
+        "encoder": settings,
         "files": files,
         "weights": weights,
     }

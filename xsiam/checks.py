@@ -167,8 +167,8 @@ def _check_resumable(path: Path, module: SiameseModule, *, sharded: bool) -> Non
     if checkpoint["xsiam"].get("sharded", False) != sharded:
         raise CheckpointError(
             f"Expected `trainer.strategy` to be {'another than ' if sharded else ''}{FSDP!r} as in "
-            f"the checkpoint {str(path)!r}, whose optimiser goes with it. Set `trainer.strategy`, or "
-            "`model.name` to the checkpoint, to start a new run from its weights."
+            f"the checkpoint {str(path)!r}, whose optimiser goes with it. Set `trainer.strategy`, "
+            "or `model.name` to the checkpoint, to start a new run from its weights."
         )
     _check_layers(path, checkpoint.get("hyper_parameters", {}), module)
     own, theirs = module.state_dict(), checkpoint["state_dict"]

@@ -380,9 +380,9 @@ def _split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_users(error: Exception) -> bool:
     """Whether an error is a message to the user, and no fault of the program."""
-    from xsiam.errors import InputError, ModelError
+    from xsiam.errors import InputError, ModelError, ProcessError
 
-    return isinstance(error, InputError | ModelError | FileNotFoundError)
+    return isinstance(error, InputError | ModelError | ProcessError | FileNotFoundError)
 
 
 def _hide_loading_bars() -> None:

@@ -246,15 +246,15 @@ class TrainerConfig(Section):
     num_nodes: Count = 1
     """Machines."""
     strategy: Name = "auto"
-    """How processes share the work: "auto", "ddp" (each has all weights), "fsdp" (weights, gradients
-    and optimizer state are shared out too) or what else Lightning knows."""
+    """How processes share the work: "auto", "ddp" (each has all weights), "fsdp" (weights,
+    gradients and optimizer state are shared out too) or what else Lightning knows."""
     timeout: Positive | None = None
-    """Seconds that processes wait for one that does not answer, before they end with an error; null
-    takes Lightning's 1800."""
+    """Seconds that processes wait for one that does not answer, at the start too, before they end
+    with an error; null takes Lightning's 1800."""
     precision: Name = "32-true"
     """Precision of training, such as "bf16-mixed"; attributions are in float32 whatever it is."""
     activation_checkpointing: bool = False
-    """Whether activations inside blocks are computed again in the backward pass instead of kept: less
+    """Whether activations inside blocks are computed again in the backward pass, not kept: less
     memory, a second forward pass, the same gradients."""
     gradient_clip_val: Positive | None = 1.0
     """Norm at which gradients are clipped; null never clips."""

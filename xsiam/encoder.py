@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from xsiam.chunks import embed_in_chunks
 from xsiam.errors import InputError, ModelError
 from xsiam.references import (
     AbstractReference,
@@ -23,7 +26,14 @@ from xsiam.references import (
     recommended_reference,
     row_keys,
 )
-from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
+from xsiam.split import (
+    Features,
+    SplitModel,
+    evaluation_mode,
+    features_to,
+    join_features,
+    select_rows,
+)
 from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.weights import WeightsWatch
 
@@ -225,11 +235,54 @@ class SiameseEncoder(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Embed a batch of features: [n, K], differentiable, as the user sees embeddings."""
-        embedding = self._shifted(features)
-        if self.normalize:
-            embedding = torch.nn.functional.normalize(embedding, dim=-1)
-        size = self.model.truncate_dim
-        return embedding if size is None else embedding[:, :size]
+        return self._ended(self._shifted(features))
+
+    def embed_columns(
+        self,
+        columns: Sequence[Features],
+        chunk_size: int | None = None,
+        *,
+        recompute: bool = False,
+    ) -> list[Tensor]:
+        """Embed several batches, each as :meth:`forward` does, with the references of all at once.
+
+        Lengths recur in the columns of a batch of pairs; where references have to be embedded anew,
+        each is so one time.
+
+        Args:
+            columns: Batches of features.
+            chunk_size: Most texts to embed at once, see `xsiam.chunks`; None embeds whole columns.
+            recompute: Whether blocks keep only their inputs for the backward pass, see
+                `xsiam.split.SplitModel.recomputing`.
+
+        Returns:
+            The embeddings of each column, [n, K].
+        """
+
+        def passing(embed: Callable[[Any], Tensor], given: Any) -> Tensor:
+            with self.split.recomputing() if recompute else nullcontext():
+                return embed(given)
+
+        texts = partial(passing, self.split.embed)
+        references = partial(passing, partial(self.reference.embed_rows, self.split))
+        if chunk_size is not None:
+            texts = partial(embed_in_chunks, texts, chunk_size=chunk_size)
+            references = partial(checkpoint, references, use_reentrant=False)  # one chunk
+        sizes = [len(features["input_ids"]) for features in columns]
+        joined = join_features(columns)
+        embedded = [texts(features) for features in columns]
+        if not self._shifts_live:
+            shifts = [self.shift_of(features) for features in columns]
+        elif joined is not None:
+            rows = self.reference.rows(self.split, joined)
+            shifts = list(torch.split(references(rows)[rows.inverse], sizes))
+        else:
+            each = [self.reference.rows(self.split, features) for features in columns]
+            shifts = [references(rows)[rows.inverse] for rows in each]
+        return [
+            self._ended(own if shift is None else own - shift)
+            for own, shift in zip(embedded, shifts, strict=True)
+        ]
 
     def parts(self, features: Features) -> Parts:
         """Return ẽ and the norms the model divides by, for a batch of features."""
@@ -250,7 +303,7 @@ class SiameseEncoder(nn.Module):
         """Return e(r) for each text of a batch, [n, K] or [n or 1, K], or None without a shift."""
         if not self.shift:
             return None
-        if self.training or torch.is_grad_enabled() or self.sharded:
+        if self._shifts_live:
             return self.reference.embedding(self.split, features)
         return self._cached_shift(features)
 
@@ -374,6 +427,18 @@ class SiameseEncoder(nn.Module):
         embedding = self.split.embed(features)
         shift = self.shift_of(features)
         return embedding if shift is None else embedding - shift
+
+    def _ended(self, embedding: Tensor) -> Tensor:
+        """Return what the user sees of a shifted embedding."""
+        if self.normalize:
+            embedding = torch.nn.functional.normalize(embedding, dim=-1)
+        size = self.model.truncate_dim
+        return embedding if size is None else embedding[:, :size]
+
+    @property
+    def _shifts_live(self) -> bool:
+        """Whether there is a shift that must not come from the cache."""
+        return self.shift and (self.training or torch.is_grad_enabled() or self.sharded)
 
     def _cached_shift(self, features: Features) -> Tensor:
         """Return e(r) per text from the cache; what is missing is embedded in one forward."""

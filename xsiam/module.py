@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from xsiam.checkpoint import check_format
-from xsiam.chunks import embed_in_chunks
 from xsiam.depth import check_depths, freeze_lower_layers, parameter_depths, parameter_groups
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
@@ -130,6 +128,7 @@ class SiameseModule(LightningModule):
         self.gradient_norm, self.anisotropy = gradient_norm, anisotropy
         self.activation_checkpointing = activation_checkpointing
         self._depths: dict[str, int] | None = None
+        self._gradient_length: Tensor | None = None
         self.undefined: dict[str, str] = {}
         self.anisotropies = nn.ModuleDict(
             {stage: Anisotropy(encoder.embedding_dim) for stage in _STAGES}
@@ -162,9 +161,7 @@ class SiameseModule(LightningModule):
 
     def forward(self, features: Batch) -> Tensor:
         """Embed a batch of features: [n, K]."""
-        saves = self.training and self.activation_checkpointing
-        with self.encoder.split.recomputing() if saves else nullcontext():
-            embeddings: Tensor = self.encoder(features)
+        embeddings: Tensor = self.encoder(features)
         return embeddings
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -183,7 +180,24 @@ class SiameseModule(LightningModule):
         """Log the length of the gradient, which is unscaled here and not yet clipped."""
         if self.gradient_norm:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+            self._gradient_length = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/gradient_norm", whole(self._gradient_length))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient by its length, which is known where it was logged."""
+        by_length = gradient_clip_algorithm in (None, "norm")
+        if not gradient_clip_val or self._gradient_length is None or not by_length:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        torch.nn.utils.clip_grads_with_norm_(
+            self.parameters(), gradient_clip_val, self._gradient_length
+        )
+        self._gradient_length = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take a batch into the validation metrics."""
@@ -214,7 +228,9 @@ class SiameseModule(LightningModule):
         groups = parameter_groups(
             self.encoder, self.learning_rate, self.weight_decay, self.layer_decay, self._depths
         )
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        # One pass over the weights; but a fused step unscales gradients itself, after clipping.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise InputError(
@@ -265,19 +281,13 @@ class SiameseModule(LightningModule):
 
     def _embed(self, batch: Batch, chunk_size: int | None = None) -> EmbeddedBatch:
         """Embed all texts of a batch."""
-        a, b, *negatives = (
-            self._embed_texts(features, chunk_size)
-            for features in (batch["a"], batch["b"], *batch.get("negatives", []))
+        columns = [batch["a"], batch["b"], *batch.get("negatives", [])]
+        embedded = self.encoder.embed_columns(
+            columns, chunk_size, recompute=self.training and self.activation_checkpointing
         )
+        # In float32 or more, whatever the precision of training.
+        a, b, *negatives = (e if e.dtype == torch.float64 else e.float() for e in embedded)
         return EmbeddedBatch(a, b, tuple(negatives), batch.get("label"), batch.get("text_ids"))
-
-    def _embed_texts(self, features: Batch, chunk_size: int | None) -> Tensor:
-        """Return [n, K] in float32 or more, whatever the precision of training."""
-        embed = self.forward
-        embeddings = (
-            embed(features) if chunk_size is None else embed_in_chunks(embed, features, chunk_size)
-        )
-        return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
     def _loss(self, embedded: EmbeddedBatch) -> Tensor:
         """Return the loss; a product of embeddings that autocast rounds is no score."""

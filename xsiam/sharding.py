@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from xsiam.encoder import SiameseEncoder
@@ -51,7 +51,7 @@ def units(encoder: SiameseEncoder) -> list[nn.Module]:
 def shard(encoder: SiameseEncoder, mesh: DeviceMesh) -> None:
     """Share the weights of an encoder out over the processes of a mesh; once done it stays so.
 
-    From then on the encoder embeds by being called, on all processes at once.
+    From then on the encoder embeds by being called or by `embed_columns`, on all processes at once.
 
     Args:
         encoder: An encoder that is equal on all processes.
@@ -61,6 +61,7 @@ def shard(encoder: SiameseEncoder, mesh: DeviceMesh) -> None:
         return
     for unit in units(encoder):
         fully_shard(unit, mesh=mesh)
+    register_fsdp_forward_method(encoder, "embed_columns")
     encoder.sharded = True
 
 

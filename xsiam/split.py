@@ -233,6 +233,21 @@ class SplitModel:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def without_padding_gradients(self) -> Iterator[None]:
+        """Let tables that look up nothing but padding return constants meanwhile.
+
+        A table's padding row has no gradient (`torch.nn.Embedding`), which PyTorch finds out by
+        making one of the size of the whole table.
+        """
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        handles = [table.register_forward_hook(_constant_padding) for table in tables]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _run_modules(self, features: Features, first: int = 0) -> Tensor:
         for module in self.modules[first:]:
             features = module(features)
@@ -372,12 +387,14 @@ class SplitModel:
                 raise _Captured(_hidden_of(args, kwargs))
             return forward(*args, **kwargs)
 
-        with self._forwards({block: functools.partial(call, block.forward) for block in self.blocks}):
+        with self._forwards(
+            {block: functools.partial(call, block.forward) for block in self.blocks}
+        ):
             yield
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Let blocks keep only their inputs for the backward pass, and compute all else again there.
+        """Let blocks keep only their inputs for the backward pass, and compute the rest anew there.
 
         Dropout is the same both times, and so are the gradients; the price is a second forward pass
         of the blocks. This holds for forwards meanwhile, whenever their backward pass comes.
@@ -396,11 +413,11 @@ class SplitModel:
         try:
             yield
         finally:
-            for block, forward in own.items():
-                if forward is None:
+            for block, before in own.items():
+                if before is None:
                     del block.forward
                 else:
-                    block.forward = forward
+                    block.forward = before
 
 
 @contextmanager
@@ -442,6 +459,35 @@ def select_rows(features: Mapping[str, Any], rows: Tensor) -> Features:
         key: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
         for key, value in features.items()
     }
+
+
+def join_features(columns: Sequence[Features]) -> Features | None:
+    """Return the texts of several batches as one, padded on the right; None where kinds differ.
+
+    Batches are of one kind if they hold the same tensors and are equal in all else, as in the
+    length of a prompt.
+    """
+    shapes = [column["input_ids"].shape for column in columns]
+    joined: Features = {}
+    for key, first in columns[0].items():
+        values: list[Any] = [column.get(key) for column in columns]
+        if not isinstance(first, Tensor):
+            if any(value != first for value in values):
+                return None
+            joined[key] = first
+        elif all(
+            isinstance(v, Tensor) and v.shape[:2] == s for v, s in zip(values, shapes, strict=True)
+        ):
+            joined[key] = torch.cat([_padded(value, max(s[1] for s in shapes)) for value in values])
+        else:
+            return None
+    return joined if all(column.keys() == joined.keys() for column in columns) else None
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """Add positions that nothing attends to: zeros up to ``length`` in the second dimension."""
+    padding = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
+    return torch.cat([values, padding], dim=1)
 
 
 def _attended(features: Mapping[str, Any]) -> Tensor:
@@ -504,3 +550,9 @@ def _rest_of(
 
 def _zero_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return torch.zeros_like(output)
+
+
+def _constant_padding(table: nn.Embedding, args: Any, output: Tensor) -> Tensor:
+    padding = table.padding_idx
+    is_constant = padding is not None and bool((args[0] == padding).all())
+    return output.detach() if is_constant else output

@@ -33,6 +33,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import DistError
 
 from xsiam.checkpoint import read_checkpoint
 from xsiam.checks import (
@@ -65,6 +66,9 @@ __all__ = ["TrainingResult", "run_training"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the convention of shells."""
+
+# Signs of a lost process in errors that PyTorch raises as plain RuntimeErrors, from gloo and NCCL.
+_LOST = ("closed by peer", "reset by peer", "pair closure", "Broken pipe", "imed out", "NCCL")
 
 # What Lightning warns of although it is meant to be so here, or cannot be changed.
 _EXPECTED_WARNINGS = (
@@ -146,6 +150,7 @@ def run_training(config: TrainConfig) -> TrainingResult:
             holds a run and `resume` is not set.
         ModelError: If the model cannot be used, or training diverged.
         CheckpointError: If the checkpoint to resume from cannot be used.
+        ProcessError: If another process of the run died, or did not answer in time.
         SystemExit: With code 130 after Ctrl-C, when the state has been saved.
     """
     output = Path(config.output_dir).expanduser()
@@ -277,6 +282,10 @@ class _Run:
 
     def execute(self, resume: Path | None) -> TrainingResult:
         """Train, test, export and write the results."""
+        with _together(self.trainer, self.last):
+            return self._execute(resume)
+
+    def _execute(self, resume: Path | None) -> TrainingResult:
         trainer = self.trainer
         if trainer.is_global_zero:
             save_config(self.config, self.output / "config.yaml")
@@ -457,7 +466,7 @@ def _set_up(strategy: Strategy, config: TrainerConfig) -> None:
     if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
         raise InputError(
             "Expected `trainer.strategy` to be auto, ddp or fsdp, but got "
-            f"{config.strategy!r}, under which checkpoints are not one file with whole weights. Set "
+            f"{config.strategy!r}, whose checkpoints are not one file with whole weights. Set "
             f"`trainer.strategy={FSDP}`."
         )
     if config.timeout is not None and isinstance(strategy, ParallelStrategy):
@@ -482,6 +491,26 @@ def _attribution_monitor(config: TrainConfig, data: PairDataModule) -> list[Call
             role_b=config.model.role_b,
         )
     ]
+
+
+@contextmanager
+def _together(trainer: Trainer, last: Path) -> Iterator[None]:
+    """Say what has happened, and what to do, where this process loses another one."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or any(sign in str(error) for sign in _LOST)
+        if trainer.world_size == 1 or not lost:
+            raise
+        first = str(error).partition(". ")[0].strip()
+        saved = f"The last state is in {last}: `resume=auto` goes on from there. "
+        raise ProcessError(
+            f"Expected all {trainer.world_size} processes of the run to answer, but process "
+            f"{trainer.global_rank} lost one of the others ({type(error).__name__}: {first}). "
+            f"{saved if last.is_file() else ''}Look for the first error of the others; one that "
+            "was killed, as where memory runs out, left none. Where one was only slow, set "
+            "`trainer.timeout` higher."
+        ) from error
 
 
 def _farewell(last: Path, step: int) -> str:

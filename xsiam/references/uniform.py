@@ -48,7 +48,11 @@ class UniformReference(AbstractReference):
 
     def vector(self, split: SplitModel, single: Features) -> Tensor:
         """Return c as [1, 1, D] from the features of a single PAD."""
-        with evaluation_mode(split.model), split.without_positions():
+        with (
+            evaluation_mode(split.model),
+            split.without_positions(),
+            split.without_padding_gradients(),
+        ):
             return split.capture(single, 0)
 
     def check(self, split: SplitModel, features: Features) -> None:
