@@ -291,6 +291,7 @@ def test_shipped_files_are_the_documented_ones() -> None:
         "stsb_distilroberta",
         "ddp_cpu",
         "multi_gpu",
+        "fsdp",
     }
     assert {path.stem for path in SHIPPED} >= names
 
