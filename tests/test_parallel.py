@@ -322,6 +322,9 @@ code=0
 for job in $(jobs -p); do wait "$job" || code=$?; done
 exit "$code"
 """
+PYTHON = """#!{bash}
+exec {python} "$@"
+"""
 SCONTROL = """#!{bash}
 echo "$@" > {folder}/requeued
 """
@@ -330,11 +333,10 @@ echo "$@" > {folder}/requeued
 def run_slurm(folder: Path, arguments: list[str], code: int | str) -> subprocess.CompletedProcess:
     """Run the batch script with an `srun` of ours, which starts two processes or just ends."""
     bash = shutil.which("bash")
-    names = {"bash": bash, "folder": folder, "code": code}
-    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    names = {"bash": bash, "folder": folder, "code": code, "python": sys.executable}
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
         (folder / name).write_text(content.format(**names))
         (folder / name).chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "PYTEST"))}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid())}
@@ -369,7 +371,7 @@ def test_slurm_job_trains_in_all_its_processes(inputs: Path, tmp_path: Path) -> 
 def test_torchrun_trains_with_the_shipped_file(inputs: Path, tmp_path: Path) -> None:
     """As the file itself says, but for a tiny model."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "train.py", "configs/fsdp.yaml", "data.name=bundled"]
+    command += ["--standalone", "train.py", "configs/fsdp.yaml", "data.name=bundled"]
     command += [f"model.name={inputs / 'model'}", "trainer.accelerator=cpu", "trainer.devices=2"]
     command += ["trainer.max_steps=2", "data.limit=12", "attribution.layers=[2]"]
     command += ["data.num_workers=0", f"output_dir={tmp_path / 'run'}"]
