@@ -5,9 +5,10 @@
 
 Both sides train the same model with the same loss on the same rows in the same order, tokenised and
 padded alike (which is checked), with the same optimiser, clipping, schedule, precision, logging and
-loader workers. Runs take turns in one process; each times its steps after a few that warm up, data
-loading included. Every finished run is in ``results.json`` at once, and the same command goes on
-where it stopped. ``results.md`` has medians, spreads and ratios. Needs the ``bench`` extra.
+loader workers. What either does with a batch is its own: xsiam embeds both columns by length. Runs
+take turns in one process; each times its steps after a few that warm up, data loading included.
+Every finished run is in ``results.json`` at once, and the same command goes on where it stopped.
+``results.md`` has medians, spreads and ratios. Needs the ``bench`` extra.
 """
 
 from __future__ import annotations

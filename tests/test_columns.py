@@ -13,7 +13,7 @@ from xsiam.encoder import SiameseEncoder
 from xsiam.references import ReferenceRows
 from xsiam.split import join_features
 
-EQUAL = 1e-5  # of gradients, relative to the largest; measured: 2e-6
+EQUAL = 1e-4  # of gradients, relative to the largest; measured: 2e-5 (ALBERT), else 3e-6
 RECOMPUTED = 1e-6  # as above; measured: 0
 ARCHITECTURES = ("bert", "mpnet", "albert", "t5_gated_gelu", "modernbert", "qwen3")
 COLUMNS = (list(TEXTS[:2]), list(TEXTS[2:]), ["cat", "the kitten sleeps ."])
@@ -79,6 +79,23 @@ def test_a_length_is_embedded_once_in_a_batch(monkeypatch: pytest.MonkeyPatch) -
     (found,) = seen
     assert sorted(found.tolist()) == lengths.unique().tolist()
     assert len(found) < len(lengths)  # or the test shows nothing
+
+
+def test_passes_take_texts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
+    columns = [encoder.preprocess(texts) for texts in COLUMNS]
+    shapes: list[tuple[int, ...]] = []
+    inner = encoder.split.embed
+
+    def embed(features: Any) -> torch.Tensor:
+        shapes.append(tuple(features["input_ids"].shape))
+        return inner(features)
+
+    monkeypatch.setattr(encoder.split, "embed", embed)
+    encoder.embed_columns(columns)
+    lengths = sorted(int(n) for c in columns for n in c["attention_mask"].sum(dim=1))
+    assert shapes == [(2, lengths[1]), (2, lengths[3]), (2, lengths[5])]
+    assert sum(n * width for n, width in shapes) < sum(c["input_ids"].numel() for c in columns)
 
 
 def test_columns_with_prompts_of_their_own_are_not_joined() -> None:

@@ -33,6 +33,7 @@ from xsiam.split import (
     features_to,
     join_features,
     select_rows,
+    trim,
 )
 from xsiam.texts import Truncations, check_pairs, check_texts
 from xsiam.weights import WeightsWatch
@@ -224,14 +225,19 @@ class SiameseEncoder(nn.Module):
             return torch.nn.functional.cosine_similarity(embeddings_a, embeddings_b, dim=-1)
         return (embeddings_a * embeddings_b).sum(dim=-1)
 
-    def preprocess(self, texts: Sequence[str], role: str | None = None) -> Features:
+    def preprocess(
+        self, texts: Sequence[str], role: str | None = None, *, offsets: bool = True
+    ) -> Features:
         """Tokenise texts into one padded batch of features, tensors [n, S].
+
+        Without ``offsets``, the places of tokens in their texts, that is faster; embeddings need
+        none.
 
         Warns (TruncationWarning) where a text exceeds the model's window, once per new longest
         text.
         """
         with Truncations(self, only_longer=True) as truncations:
-            return self.preprocess_with(truncations, texts, role)
+            return self.preprocess_with(truncations, texts, role, offsets=offsets)
 
     def forward(self, features: Features) -> Tensor:
         """Embed a batch of features: [n, K], differentiable, as the user sees embeddings."""
@@ -244,10 +250,11 @@ class SiameseEncoder(nn.Module):
         *,
         recompute: bool = False,
     ) -> list[Tensor]:
-        """Embed several batches, each as :meth:`forward` does, with the references of all at once.
+        """Embed several batches, each as :meth:`forward` does, with less padding and in few passes.
 
-        Lengths recur in the columns of a batch of pairs; where references have to be embedded anew,
-        each is so one time.
+        There are as many passes as columns, but each takes texts of similar length, whichever
+        column they are from. Where references have to be embedded anew, those of all columns are
+        embedded at once, each length one time: lengths recur in a batch of pairs.
 
         Args:
             columns: Batches of features.
@@ -270,7 +277,10 @@ class SiameseEncoder(nn.Module):
             references = partial(checkpoint, references, use_reentrant=False)  # one chunk
         sizes = [len(features["input_ids"]) for features in columns]
         joined = join_features(columns)
-        embedded = [texts(features) for features in columns]
+        if joined is None:
+            embedded = [texts(features) for features in columns]
+        else:
+            embedded = list(torch.split(_by_length(texts, joined, len(columns)), sizes))
         if not self._shifts_live:
             shifts = [self.shift_of(features) for features in columns]
         elif joined is not None:
@@ -464,14 +474,19 @@ class SiameseEncoder(nn.Module):
         return torch.stack([self._shift_cache[key] for key in keys])[rows.inverse]
 
     def preprocess_with(
-        self, truncations: Truncations, texts: Sequence[str], role: str | None
+        self,
+        truncations: Truncations,
+        texts: Sequence[str],
+        role: str | None,
+        *,
+        offsets: bool = True,
     ) -> Features:
         """Tokenise as the SentenceTransformer does for that role; add the special-tokens mask."""
         self.check_role(role)
         prompt, task = self.prompt_of(role)
-        flags = {"return_special_tokens_mask": True, "return_offsets_mapping": True}
-        if not getattr(self.tokenizer, "is_fast", False):
-            flags.pop("return_offsets_mapping")
+        flags = {"return_special_tokens_mask": True}
+        if offsets and getattr(self.tokenizer, "is_fast", False):
+            flags["return_offsets_mapping"] = True
         features: Features = self.model.preprocess(
             list(texts), prompt=prompt, processing_kwargs={"text": flags}, **task
         )
@@ -503,6 +518,13 @@ class SiameseEncoder(nn.Module):
     ) -> Features:
         """Return features of texts of ours; what a small window cuts off them is no news."""
         return features_to(self.preprocess_with(Truncations(self), texts, role), self.device)
+
+
+def _by_length(embed: Callable[[Features], Tensor], features: Features, passes: int) -> Tensor:
+    """Embed texts in some passes over texts of similar length, and return them in their order."""
+    order = features["attention_mask"].sum(dim=1).argsort(stable=True)
+    groups = [trim(select_rows(features, rows)) for rows in torch.tensor_split(order, passes)]
+    return torch.cat([embed(group) for group in groups])[order.argsort()]
 
 
 def _head(model: SentenceTransformer, similarity: str | None) -> str:

@@ -484,6 +484,17 @@ def join_features(columns: Sequence[Features]) -> Features | None:
     return joined if all(column.keys() == joined.keys() for column in columns) else None
 
 
+def trim(features: Features) -> Features:
+    """Return features without the positions on the right that no text of the batch has."""
+    shape = features["input_ids"].shape
+    used = features["attention_mask"].any(dim=0).nonzero()
+    width = int(used.max()) + 1
+    return {
+        key: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+        for key, value in features.items()
+    }
+
+
 def _padded(values: Tensor, length: int) -> Tensor:
     """Add positions that nothing attends to: zeros up to ``length`` in the second dimension."""
     padding = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])

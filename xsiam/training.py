@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
         InputError: If a file, column, text or label does not meet its constraint.
     """
     pairs = PairDataModule(
-        module.encoder.preprocess,
+        partial(module.encoder.preprocess, offsets=False),
         **to_dict(config.data),
         seed=config.seed,
         role_a=config.model.role_a,
