@@ -24,6 +24,8 @@ CORRELATIONS = tuple(
     f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
 )
 
+LIKENESS = "val/pearson_teacher"
+
 RETRIEVALS = tuple(f"val/{figure}" for figure in RETRIEVAL_FIGURES)
 
 
@@ -99,7 +101,8 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
     monitor = config.checkpoint.monitor or default_monitor(module, data)
     layers = config.attribution.layers if config.attribution.enabled else []
     prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
-    plain = (*CORRELATIONS, *RETRIEVALS, "val/loss")
+    unlabelled = (LIKENESS,) if module.objective.needs_teacher else RETRIEVALS
+    plain = (*CORRELATIONS, *unlabelled, "val/loss")
     plain += ("val/anisotropy",) if module.anisotropy else ()
     if monitor not in plain and not monitor.startswith(prefixes):
         known = [*plain, *(f"{prefix}…" for prefix in prefixes)]
@@ -113,6 +116,8 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
         reason = _no_correlation(pairs)
     elif monitor in RETRIEVALS:
         reason = _no_retrieval(pairs)
+    elif monitor == LIKENESS and len(pairs) < 2:
+        reason = f"a correlation needs 2 pairs or more, but there are {len(pairs)}"
     if reason is not None:
         other = default_monitor(module, data)
         hint = "" if other == monitor else f"={other}"
@@ -179,12 +184,13 @@ def validates(config: TrainConfig, data: PairDataModule) -> bool:
 
 
 def default_monitor(module: SiameseModule, data: PairDataModule) -> str:
-    """Return the correlation of the model's own score; MRR where validation pairs have no labels.
+    """Return the correlation of the model's own score with the labels of validation pairs.
 
-    Both are the better the higher, as the default of ``checkpoint.mode`` says.
+    Without labels that is the correlation with the scores of a teacher, or MRR where there is none.
+    All are the better the higher, as the default of ``checkpoint.mode`` says.
     """
     if data.has("validation") and data.pairs("validation").labels is None:
-        return "val/mrr@10"
+        return LIKENESS if module.objective.needs_teacher else "val/mrr@10"
     return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
 
 

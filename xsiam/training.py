@@ -41,9 +41,10 @@ from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError
 from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
-from xsiam.losses import get_objective
+from xsiam.losses import get_objective, matryoshka_of
 from xsiam.module import SiameseModule
 from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
+from xsiam.teacher import Teacher
 
 __all__ = ["TrainingResult", "run_training"]
 
@@ -135,6 +136,7 @@ def run_training(config: TrainConfig) -> TrainingResult:
     check_accelerator(config.trainer.accelerator, "trainer.accelerator")
     resume = resume_path(config, output)
     get_objective(config.objective.name, **_options(config.objective))
+    matryoshka_of(config.objective.dims, config.objective.dim_weights)
     seed_everything(config.seed, workers=True, verbose=False)
     with _quiet(), Interruption() as interruption:
         module = build_module(config)
@@ -181,6 +183,8 @@ def build_module(config: TrainConfig) -> SiameseModule:
         anisotropy=config.metrics.anisotropy,
         layer_decay=optimizer.layer_decay,
         freeze_layers=model.freeze_layers,
+        dims=config.objective.dims,
+        dim_weights=config.objective.dim_weights,
     )
 
 
@@ -190,7 +194,7 @@ def _options(objective: ObjectiveConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if value is not None and key not in ("name", "chunk_size")
+        if value is not None and key not in ("name", "chunk_size", "dims", "dim_weights")
     }
 
 
@@ -210,10 +214,34 @@ def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
         negatives=module.objective.negatives,
         in_batch=module.objective.in_batch,
         expected_range=module.objective.label_range,
+        teacher=build_teacher(config, module) if module.objective.needs_teacher else None,
     )
     pairs.pairs("train")
     pairs.setup("fit")
     return pairs
+
+
+def build_teacher(config: TrainConfig, module: SiameseModule) -> Teacher:
+    """Return the teacher of a run, whose embeddings are kept in its folder.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    model, other = config.model, config.objective.teacher
+    return Teacher(
+        other or model.name,
+        Path(config.output_dir).expanduser() / "teacher.safetensors",
+        similarity=module.encoder.similarity,
+        # Another model has a prompt and a window of its own.
+        prompt=None if other else model.prompt,
+        max_length=None if other else model.max_length,
+        progress=_shows_progress(config.trainer),
+    )
+
+
+def _shows_progress(config: TrainerConfig) -> bool:
+    """Return whether progress is shown; in a file or a pipe it is noise."""
+    return config.progress_bar and sys.stdout.isatty()
 
 
 class _Run:
@@ -283,7 +311,7 @@ class _Run:
         """Return the callbacks; the order matters, since checkpoints hold what came before."""
         config = self.config
         callbacks: list[Callback] = [SeededSteps(config.seed), LearningRateMonitor("step")]
-        if config.trainer.progress_bar and sys.stdout.isatty():
+        if _shows_progress(config.trainer):
             callbacks.append(RichProgressBar())
         if self.validates:
             monitor = self.best.monitor
@@ -353,7 +381,7 @@ class _Run:
         self.tensorboard.finalize("success")
 
     def _facts(self) -> dict[str, Any]:
-        trainer, encoder = self.trainer, self.module.encoder
+        trainer, encoder, teacher = self.trainer, self.module.encoder, self.data.data.teacher
         score = self.best.best_model_score
         return {
             **run_facts(),
@@ -366,6 +394,7 @@ class _Run:
                 "n_layers": encoder.n_layers,
                 "embedding_dim": encoder.embedding_dim,
             },
+            "teacher": None if teacher is None else teacher.facts(),
             "processes": trainer.world_size,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
