@@ -7,6 +7,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Module, Normalize, Transformer
 from torch import Tensor, nn
 
+from xsiam.adapters import (
+    LoraSettings,
+    check_peft,
+    inject_lora,
+    lora_settings,
+    merge_adapters,
+    merged_adapters,
+    without_lora,
+)
 from xsiam.encoder import SIMILARITIES, SiameseEncoder
 from xsiam.errors import CheckpointError
 from xsiam.model_folders import ResolvedModel, read_json
@@ -43,13 +53,14 @@ def load_encoder(
 ) -> SiameseEncoder:
     """Load an encoder from anything :func:`xsiam.pretrained.resolve` understands.
 
-    Arguments that are not None win over what the source records.
+    Arguments that are not None win over what the source records. Adapters are merged.
     """
     resolved = resolve(name_or_path)
     if resolved.kind == "checkpoint":
         model, settings = _load_checkpoint(Path(resolved.path), loading)
     else:
         model = load_sentence_transformer(resolved, **loading)
+        merge_adapters(model)
         settings = {"shift": resolved.shift, "similarity": resolved.similarity}
         settings |= _take_out_shift(model, _read_settings(resolved.path))
     given = {
@@ -80,29 +91,30 @@ def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
 
     A length-free shift is folded into a stock ``Dense`` (identity weight, bias −e(r)), so that
     ``SentenceTransformer(path)`` needs nothing of ours. Another shift is written as
-    :class:`~xsiam.modules.ReferenceShift`, which plain sentence-transformers refuses.
+    :class:`~xsiam.modules.ReferenceShift`, which plain sentence-transformers refuses. Adapters are
+    merged into the weights that are written; the encoder keeps them.
     """
-    modules = list(encoder.split.modules)
-    if encoder.shift:
-        modules.append(_shift_module(encoder))
-    if encoder.normalize:
-        modules.append(Normalize())
-    similarity = next(name for name, ours in SIMILARITIES.items() if ours == encoder.similarity)
-    model = _assemble(encoder, modules, similarity)
     path.mkdir(parents=True, exist_ok=True)
-    model.save(str(path), create_model_card=False)
-    settings = {
-        "format_version": FORMAT_VERSION,
-        **_settings_of(encoder),
-        "shift_module": len(encoder.split.modules) if encoder.shift else None,
-    }
+    with merged_adapters(encoder.model):
+        modules = list(encoder.split.modules)
+        if encoder.shift:
+            modules.append(_shift_module(encoder))
+        if encoder.normalize:
+            modules.append(Normalize())
+        similarity = next(name for name, ours in SIMILARITIES.items() if ours == encoder.similarity)
+        _assemble(encoder, modules, similarity).save(str(path), create_model_card=False)
+        settings = {
+            "format_version": FORMAT_VERSION,
+            **_settings_of(encoder),
+            "shift_module": len(encoder.split.modules) if encoder.shift else None,
+        }
     (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (path / "README.md").write_text(_model_card(encoder), encoding="utf-8")
 
 
 def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
     """Return all of an encoder but its weights: plain values, and bytes as tensors."""
-    model = encoder.model
+    model, lora = encoder.model, lora_settings(encoder.model)
     with tempfile.TemporaryDirectory() as folder:
         weights = _write_without_weights(model, Path(folder))
         files = {
@@ -115,6 +127,7 @@ def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
         "encoder": _settings_of(encoder),
         "files": files,
         "weights": weights,
+        "lora": None if lora is None else asdict(lora),
     }
 
 
@@ -278,14 +291,20 @@ def _load_checkpoint(
         for name, content in payload["files"].items():
             _write_inside(root, name, bytes(content.numpy()))
         for place, prefix in payload["weights"].items():
-            _write_weights(root / place, state, prefix)
+            _write_weights(root / place, without_lora(state), prefix)
         model = load_sentence_transformer(ResolvedModel(str(root), "folder"), **loading)
+    lora = payload.get("lora")
+    if lora:
+        check_peft()
     try:
+        if lora:
+            inject_lora(model, LoraSettings(**lora))
         model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Expected {str(path)!r} to hold the weights of its own model, but {error}"
         ) from error
+    merge_adapters(model)
     return model, dict(payload["encoder"])
 
 

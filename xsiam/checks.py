@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
+from xsiam.adapters import lora_settings
 from xsiam.checkpoint import read_checkpoint
 from xsiam.config import TrainConfig
 from xsiam.data import PairDataModule, PairDataset
@@ -155,6 +157,7 @@ def _check_resumable(path: Path, module: SiameseModule) -> None:
             f"{missing[0]}. Set `model.name` to it, to start a new run from its weights."
         )
     _check_layers(path, checkpoint.get("hyper_parameters", {}), module)
+    _check_lora(path, checkpoint["xsiam"].get("lora"), module)
     own, theirs = module.state_dict(), checkpoint["state_dict"]
     for name in [*own, *theirs]:
         shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
@@ -176,6 +179,22 @@ def _check_layers(path: Path, before: dict[str, Any], module: SiameseModule) -> 
                 f"optimiser goes with it, but got {now}. Set `{key}`, or `model.name` to the "
                 "checkpoint, to start a new run from its weights."
             )
+
+
+def _check_lora(path: Path, then: dict[str, Any] | None, module: SiameseModule) -> None:
+    """Raise CheckpointError where adapters are others than before."""
+    settings = lora_settings(module.encoder.model)
+    now = None if settings is None else asdict(settings)
+    if now == then:
+        return
+    if now is None or then is None:
+        now, then = ({"enabled": settings is not None} for settings in (now, then))
+    key = next(key for key in now if now[key] != then.get(key))
+    raise CheckpointError(
+        f"Expected `lora.{key}` to be {then.get(key)} as in the checkpoint {str(path)!r}, but got "
+        f"{now[key]}. Set `lora.{key}`, or `model.name` to the checkpoint, to start a new run "
+        "from its weights."
+    )
 
 
 def validates(config: TrainConfig, data: PairDataModule) -> bool:

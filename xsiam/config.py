@@ -62,6 +62,13 @@ Dims = Annotated[
 DimWeights = Annotated[
     list[Positive], Constraint("a list of positive numbers", lambda value: len(value) > 0)
 ]
+Names = Annotated[
+    list[Name],
+    Constraint(
+        "a list of one name or more, all different",
+        lambda value: 0 < len(value) == len(set(value)),
+    ),
+]
 LabelRange = Annotated[
     list[float],
     Constraint(
@@ -252,6 +259,34 @@ class OptimizerConfig(Section):
 
 
 @dataclass
+class LoraConfig(Section):
+    """LoRA: small adapters are trained and the model's own weights stay; needs ``xsiam[peft]``."""
+
+    enabled: bool = False
+    """Whether adapters are trained, and nothing else."""
+    r: Count = 8
+    """Rank of the adapters."""
+    alpha: Positive = 16.0
+    """Scale: an adapter's product is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout of an adapter's input in training."""
+    target_modules: Names | Name | None = None
+    """Linear modules with adapters, by name, such as [query, value], or "all-linear"; null takes
+    peft's choice for the architecture, and "all-linear" where it has none."""
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError where adapters are described but not enabled."""
+        default = LoraConfig()
+        names = ("r", "alpha", "dropout", "target_modules")
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+        if changed and not self.enabled:
+            raise InputError(
+                f"Expected no `{prefix}{changed[0]}` without adapters, but got "
+                f"{getattr(self, changed[0])}. Set `{prefix}enabled=true`."
+            )
+
+
+@dataclass
 class TrainerConfig(Section):
     """Arguments of Lightning's Trainer; values that it takes are checked there."""
 
@@ -381,6 +416,8 @@ class TrainConfig(Section):
     """The encoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """The pairs."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters in place of full fine-tuning."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What training minimises."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

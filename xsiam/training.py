@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from xsiam.adapters import add_lora, check_peft, lora_settings, merge_adapters
 from xsiam.checkpoint import read_checkpoint
 from xsiam.checks import check_accelerator, check_run, default_monitor, resume_path, validates
 from xsiam.config import (
@@ -134,6 +135,8 @@ def run_training(config: TrainConfig) -> TrainingResult:
     """
     output = Path(config.output_dir).expanduser()
     check_accelerator(config.trainer.accelerator, "trainer.accelerator")
+    if config.lora.enabled:
+        check_peft()
     resume = resume_path(config, output)
     get_objective(config.objective.name, **_options(config.objective))
     matryoshka_of(config.objective.dims, config.objective.dim_weights)
@@ -150,7 +153,8 @@ def build_module(config: TrainConfig) -> SiameseModule:
     """Return the module that is trained.
 
     Raises:
-        InputError: If a setting of model, objective or optimiser does not meet its constraint.
+        InputError: If a setting of model, adapters, objective or optimiser does not meet its
+            constraint.
         ModelError: If the model cannot be loaded or used.
     """
     model = config.model
@@ -169,6 +173,10 @@ def build_module(config: TrainConfig) -> SiameseModule:
     )
     for role in (model.role_a, model.role_b):
         encoder.check_role(role)
+    if config.lora.enabled:
+        settings = to_dict(config.lora)
+        del settings["enabled"]
+        add_lora(encoder, **settings)
     optimizer = config.optimizer
     return SiameseModule(
         encoder,
@@ -258,6 +266,7 @@ class _Run:
         self.config = config
         self.output = output
         self.module = module
+        self.trained: dict[str, Any] = {}
         self.data = ResumableData(data)
         self.validates = validates(config, data)
         self.checkpoints = output / "checkpoints"
@@ -290,6 +299,7 @@ class _Run:
         if trainer.is_global_zero:
             save_config(self.config, self.output / "config.yaml")
         self._fit(resume)
+        self.trained = _trained(self.module.encoder)
         best = self._load_best()
         metrics = self._metrics(best)
         if trainer.is_global_zero:
@@ -346,7 +356,10 @@ class _Run:
             raise SystemExit(INTERRUPTED) from None
 
     def _load_best(self) -> dict[str, Any]:
-        """Load the best weights into the module, and return the checkpoint that they are in."""
+        """Load the best weights into the module, and return the checkpoint that they are in.
+
+        Adapters are merged: what is tested is what is exported.
+        """
         best = self.checkpoints / "best.ckpt"
         recorded = self.best.best_model_path if self.validates else ""
         if self.trainer.is_global_zero:
@@ -358,6 +371,7 @@ class _Run:
         self.trainer.strategy.barrier("best")
         checkpoint = read_checkpoint(best)
         self.module.load_state_dict(checkpoint["state_dict"])
+        merge_adapters(self.module.encoder.model)
         return checkpoint
 
     def _metrics(self, best: dict[str, Any]) -> dict[str, float]:
@@ -393,6 +407,8 @@ class _Run:
                 "fingerprint": encoder.model_fingerprint,
                 "n_layers": encoder.n_layers,
                 "embedding_dim": encoder.embedding_dim,
+                "parameters": sum(p.numel() for p in encoder.parameters()),
+                **self.trained,
             },
             "teacher": None if teacher is None else teacher.facts(),
             "processes": trainer.world_size,
@@ -406,6 +422,15 @@ class _Run:
             "history": self.history.validations,
             "undefined": dict(self.module.undefined),
         }
+
+
+def _trained(encoder: SiameseEncoder) -> dict[str, Any]:
+    """Return how many numbers were trained, and by which adapters."""
+    lora = lora_settings(encoder.model)
+    return {
+        "trained_parameters": sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        "lora": None if lora is None else asdict(lora),
+    }
 
 
 def _build_trainer(
