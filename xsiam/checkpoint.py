@@ -28,14 +28,14 @@ from xsiam.adapters import (
 )
 from xsiam.encoder import SIMILARITIES, SiameseEncoder
 from xsiam.errors import CheckpointError
-from xsiam.model_folders import ResolvedModel, read_json
+from xsiam.model_card import model_card
+from xsiam.model_folders import SETTINGS_FILE, ResolvedModel, read_json
 from xsiam.modules import ReferenceShift
-from xsiam.pretrained import load_sentence_transformer, resolve
+from xsiam.pretrained import load_sentence_transformer, local_copy, resolve
 from xsiam.references import REFERENCES, AbstractReference, get_reference
 from xsiam.split import evaluation_mode
 
 FORMAT_VERSION = 1
-SETTINGS_FILE = "xsiam.json"
 # A folded shift is still the model's own where ẽ(r) is below this share of e(r).
 _FOLD_TOLERANCE = 1e-4
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -55,7 +55,7 @@ def load_encoder(
 
     Arguments that are not None win over what the source records. Adapters are merged.
     """
-    resolved = resolve(name_or_path)
+    resolved = local_copy(resolve(name_or_path))
     if resolved.kind == "checkpoint":
         model, settings = _load_checkpoint(Path(resolved.path), loading)
     else:
@@ -86,13 +86,16 @@ def load_encoder(
     )
 
 
-def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
+def export_encoder(
+    encoder: SiameseEncoder, path: Path, run: Mapping[str, Any] | None = None
+) -> None:
     """Write a sentence-transformers folder that scores as the encoder does.
 
     A length-free shift is folded into a stock ``Dense`` (identity weight, bias −e(r)), so that
     ``SentenceTransformer(path)`` needs nothing of ours. Another shift is written as
     :class:`~xsiam.modules.ReferenceShift`, which plain sentence-transformers refuses. Adapters are
-    merged into the weights that are written; the encoder keeps them.
+    merged into the weights that are written; the encoder keeps them. README.md is
+    :func:`~xsiam.model_card.model_card` of the training run, if there was one.
     """
     path.mkdir(parents=True, exist_ok=True)
     with merged_adapters(encoder.model):
@@ -109,7 +112,7 @@ def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
             "shift_module": len(encoder.split.modules) if encoder.shift else None,
         }
     (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (path / "README.md").write_text(_model_card(encoder), encoding="utf-8")
+    (path / "README.md").write_text(model_card(encoder, run), encoding="utf-8")
 
 
 def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
@@ -360,41 +363,3 @@ def _write_without_weights(model: SentenceTransformer, folder: Path) -> dict[str
     (folder / "modules.json").write_text(json.dumps(entries), encoding="utf-8")
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config), encoding="utf-8")
     return weights
-
-
-def _model_card(encoder: SiameseEncoder) -> str:
-    """Return the README of an exported folder."""
-    if not encoder.shift:
-        shift = "no reference shift: token attributions need main effects and an intercept"
-        use = "SentenceTransformer"
-    elif encoder.reference.length_free:
-        shift = (
-            f"the `{encoder.reference.name}` reference shift, folded into a Dense module: "
-            "token-pair attributions are exact"
-        )
-        use = "SentenceTransformer"
-    else:
-        shift = (
-            f"the `{encoder.reference.name}` reference shift, which depends on the length: it "
-            "loads with xsiam only"
-        )
-        use = "SiameseEncoder"
-    package = "sentence_transformers" if use == "SentenceTransformer" else "xsiam"
-    load = f'{use}("path")' if package != "xsiam" else f'{use}.from_pretrained("path")'
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, xsiam]
----
-# Siamese encoder exported by xsiam
-
-* base: {encoder.split.name}, {encoder.n_layers} layers, {encoder.embedding_dim} dimensions
-* similarity: {encoder.similarity}
-* shift: {shift}
-
-```python
-from {package} import {use}
-
-model = {load}
-```
-"""

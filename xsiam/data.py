@@ -240,6 +240,14 @@ class PairDataModule(LightningDataModule):
             self._add(split)
         return self._pairs[split]
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Return of every split where it came from and how many pairs it has, as plain values.
+
+        "source" is a file or dataset, "split" the name of a dataset's split, "fraction" what was
+        drawn of the training pairs; the last two are None where there is no such thing.
+        """
+        return {split: self._facts_of(split) for split in SPLITS if self.has(split)}
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled, length-bucketed batches; see `LengthBucketSampler`.
 
@@ -343,6 +351,20 @@ class PairDataModule(LightningDataModule):
                 "Expected `data.validation_fraction` and `data.test_fraction` to leave training "
                 f"pairs, but they add up to {total:g}."
             )
+
+    def _facts_of(self, split: str) -> dict[str, Any]:
+        fraction = self._fraction(split)
+        located = self._locate(split if fraction is None else "train")
+        assert located is not None
+        source, name, _ = located
+        pairs = self.pairs(split)
+        return {
+            "source": str(source),
+            "split": name if self.name is not None and source == self.name else None,
+            "fraction": fraction,
+            "n_pairs": len(pairs),
+            "labelled": pairs.labels is not None,
+        }
 
     def _locate(self, split: str) -> tuple[str | Path, str, str] | None:
         """Return source, split name and configuration key of a split, None where it has none."""

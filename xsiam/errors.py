@@ -18,6 +18,10 @@ class CheckpointError(ModelError):
     """A checkpoint, exported folder or archive is missing, damaged, unsafe or of a newer format."""
 
 
+class HubError(ValueError):
+    """A model hub cannot be reached, or does not do what was asked of it."""
+
+
 class ConvergenceWarning(RuntimeWarning):
     """A quadrature stopped at its budget before the tolerance was met; the best result is kept."""
 

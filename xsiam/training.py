@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from xsiam.adapters import add_lora, check_peft, lora_settings, merge_adapters
-from xsiam.checkpoint import read_checkpoint
+from xsiam.checkpoint import export_encoder, read_checkpoint
 from xsiam.checks import check_accelerator, check_run, default_monitor, resume_path, validates
 from xsiam.config import (
     AttributionConfig,
@@ -303,9 +303,12 @@ class _Run:
         best = self._load_best()
         metrics = self._metrics(best)
         if trainer.is_global_zero:
-            self.module.encoder.save_pretrained(self.output / "export")
+            facts = self._facts()
+            export_encoder(
+                self.module.encoder, self.output / "export", {"metrics": metrics, **facts}
+            )
             self._log_hyperparameters(metrics, best["global_step"])
-            write_results(self.output / "results.json", metrics, self._facts())
+            write_results(self.output / "results.json", metrics, facts)
         trainer.strategy.barrier("results")
         return TrainingResult(
             best_checkpoint=self.checkpoints / "best.ckpt",
@@ -411,6 +414,7 @@ class _Run:
                 **self.trained,
             },
             "teacher": None if teacher is None else teacher.facts(),
+            "data": self.data.data.facts(),
             "processes": trainer.world_size,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
