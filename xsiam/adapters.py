@@ -125,8 +125,8 @@ def add_lora(
     wanted = [target_modules] if isinstance(target_modules, str) else target_modules
     targets = _targets(encoder.model.transformers_model, wanted)
     inject_lora(encoder.model, LoraSettings(r, alpha, dropout, targets))
-    for parameter in nn.ModuleList(list(encoder.model.children())[1:]).parameters():
-        parameter.requires_grad = False
+    for module in encoder.split.modules[1:]:
+        module.requires_grad_(False)
     _check_used(encoder, targets)
     settings = lora_settings(encoder.model)
     assert settings is not None
