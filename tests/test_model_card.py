@@ -118,6 +118,16 @@ def test_a_card_tells_nothing_of_the_machine_or_the_texts(
     assert not any(cell in text for row in rows for cell in row.split(",")[:2] if " " in cell)
 
 
+def test_a_card_names_the_teacher_without_its_folder(inputs: Path, tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "taught-by")
+    more = ["objective.name=distillation", f"objective.teacher={tmp_path / 'taught-by'}"]
+    run = train(inputs, tmp_path / "run", *more, "trainer.max_epochs=1", "attribution.layers=[]")
+    text = (run.export / "README.md").read_text(encoding="utf-8")
+    assert "* objective: `distillation`" in text
+    assert "* teacher: `taught-by`" in text
+    assert str(tmp_path) not in text
+
+
 def test_facts_of_a_run_stand_beside_its_results(results: dict[str, Any], inputs: Path) -> None:
     assert results["data"]["train"] == {
         "source": str(inputs / "train.csv"),

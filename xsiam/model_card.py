@@ -105,6 +105,9 @@ print(result.score, result.matrix.sum(), result.completeness_error)
 * objective: {{ run.config.objective.name | code }}\
 {% for key, value in options %}, {{ key }} {{ value }}{% endfor %}
 
+{% if run.teacher %}
+* teacher: {{ run.teacher.name | public | code }}
+{% endif %}
 * optimiser: AdamW, learning rate {{ optimizer.learning_rate }}, weight decay \
 {{ optimizer.weight_decay }}, warm-up over {{ optimizer.warmup_fraction }} of the steps, then \
 {{ "linear decay to 0" if optimizer.schedule == "linear" else optimizer.schedule }}
@@ -249,7 +252,11 @@ def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
     config, metrics = run["config"], run["metrics"]
     stages = {key: name for key, name in _STAGES.items() if _of_stage(metrics, key)}
     names = dict.fromkeys(name for stage in stages for name in _of_stage(metrics, stage))
-    options = {k: v for k, v in config["objective"].items() if k != "name" and v is not None}
+    options = {
+        key: value
+        for key, value in config["objective"].items()
+        if key not in ("name", "teacher") and value is not None
+    }
     validation = run["data"].get("validation", {}).get("n_pairs", 0)
     return {
         "run": run,
