@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MAX_NORM = 1.0
 N_STARTS = 4
 MAX_ITERATIONS = 700
-_FIRST_LOOK = 0.1  # every start gets this share of the steps, then the best one goes on alone
+_FIRST_LOOK = 0.12  # every start gets this share of the steps, then the best one goes on alone
 _CANDIDATES = 512  # tokens of the vocabulary that are looked at for starts
 _MOST_PAIRS = 2000
 _NEGLIGIBLE = 1e-5  # |e(c)| of this share of a text's needs no improvement
