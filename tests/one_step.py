@@ -34,6 +34,7 @@ class Case(NamedTuple):
     chunk_size: int | None = None
     sizes: tuple[int, int] = (4, 4)  # rows of the first process and of the second
     precision: str = "64-true"
+    dims: tuple[int, ...] | None = None
     strategy: str = "ddp"
     recompute: bool = False
 
@@ -56,6 +57,12 @@ CASES = (
         Case("cosent", 0, strategy="fsdp", precision="32-true", recompute=recompute)
         for recompute in (False, True)
     ),
+    Case("distillation", 0),
+    Case("distillation", 0, sizes=(5, 3)),
+    Case("distillation", 0, 3),
+    Case("contrastive", 1, dims=(32, 8, 3)),
+    Case("contrastive", 1, 3, dims=(32, 8, 3)),
+    Case("distillation", 0, sizes=(5, 3), dims=(32, 8)),
 )
 
 WORDS = ("dog", "cat", "kitten", "house", "yard", "garden", "red", "big")
@@ -72,6 +79,12 @@ def pairs(columns: int, labelled: bool) -> PairDataset:
     }
     labels = [i / 8 for i in range(8)] if labelled else None
     return PairDataset(anchors, positives, labels, negatives=negatives)
+
+
+def teacher() -> torch.Tensor:
+    """Return a teacher's embeddings of the pairs, of another dimension than ours."""
+    vectors = torch.randn(8, 2, 7, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(vectors, dim=-1)
 
 
 class KeepGradients(Callback):
@@ -99,6 +112,7 @@ def step(
         objective_options=options,
         chunk_size=case.chunk_size,
         activation_checkpointing=case.recompute,
+        dims=case.dims,
     )
     several = ShardedStrategy() if case.strategy == "fsdp" else case.strategy
     collate = PairCollator(encoder.preprocess, with_text_ids=module.objective.in_batch)
@@ -118,6 +132,8 @@ def step(
         callbacks=[keep],
     )
     batch = collate(data[list(rows)])
+    if module.objective.needs_teacher:
+        batch["teacher"] = teacher()[list(rows)]
     trainer.fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
     logged = {key: value.item() for key, value in trainer.logged_metrics.items()}
     return {"gradients": keep.gradients, "logged": logged}

@@ -87,7 +87,7 @@ def test_an_exported_uniform_model_is_a_plain_sentence_transformer(model, tmp_pa
     pairwise = plain.similarity_pairwise(theirs[:2], theirs[2:])
     assert difference(pairwise, encoder.score(TEXTS[:2], TEXTS[2:])) <= 1e-5
     card = (tmp_path / "README.md").read_text()
-    assert "`uniform` reference shift, folded" in card
+    assert "`uniform`, whose embedding is subtracted: folded" in card
 
 
 def test_exports_where_xsiam_is_not_installed(tmp_path: Path) -> None:

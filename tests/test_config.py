@@ -73,6 +73,10 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
         ("objective.temperature=1", 1.0),
         ("objective.symmetric=true", True),
         ("objective.chunk_size=16", 16),
+        ("objective.teacher=no", "no"),
+        ("objective.dims=[32,8]", [32, 8]),
+        ("objective.dims=32", [32]),
+        ("objective.dim_weights=[1,0.5]", [1.0, 0.5]),
         ("trainer.devices=2", 2),
         ("trainer.devices=-1", -1),
         ("trainer.devices=auto", "auto"),
@@ -128,6 +132,10 @@ def test_override_is_read_by_declared_type(override: str, expected: Any) -> None
         ("objective.temperature=0", r"`objective.temperature` to be a positive.*but got 0.0"),
         ("objective.margin=-1", r"`objective.margin` to be a positive number, but got -1.0"),
         ("objective.distance=dot", r"'cosine' or 'euclidean' or null, but got 'dot'"),
+        ("objective.dims=[8,8]", r"`objective.dims` to be a list of different.*got \[8, 8\]"),
+        ("objective.dims=[]", r"`objective.dims` to be a list of different whole.*got \[\]"),
+        ("objective.dims=[8,0]", r"`objective.dims`.*whole numbers of 1 or.*got \[8, 0\]"),
+        ("objective.dim_weights=[1,-1]", r"`objective.dim_weights`.*positive.*\[1.0, -1.0\]"),
         ("objective.chunk_size=0", r"`objective.chunk_size` to be a whole number of 1.*got 0"),
         ("optimizer.learning_rate=0", r"`optimizer.learning_rate`.*got 0.0"),
         ("optimizer.warmup_fraction=1", r"`optimizer.warmup_fraction`.*got 1.0"),
@@ -292,6 +300,7 @@ def test_shipped_files_are_the_documented_ones() -> None:
         "ddp_cpu",
         "multi_gpu",
         "fsdp",
+        "distil_minilm",
     }
     assert {path.stem for path in SHIPPED} >= names
 
@@ -332,7 +341,7 @@ def test_distributed_files_ask_for_what_they_promise() -> None:
 def test_every_field_has_a_docstring() -> None:
     tree = ast.parse(inspect.getsource(config_module))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert len(classes) == 12
+    assert len(classes) == 13
     for body in (node.body for node in classes):
         for index, node in enumerate(body):
             if isinstance(node, ast.AnnAssign):

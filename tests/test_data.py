@@ -22,6 +22,7 @@ from xsiam.data import PairDataModule, PairDataset, load_pairs
 from xsiam.errors import InputError
 from xsiam.pairs import text_id
 from xsiam.sampling import LengthBucketSampler, ShardedEvaluationSampler
+from xsiam.teacher import Teacher
 
 COLUMNS = {
     "sentence1": ["A man sings.", 'NA, or "null"', "1.5", "line one\nline two", " padded "],
@@ -334,6 +335,86 @@ def test_number_of_a_text_is_the_same_everywhere() -> None:
     assert len(set(numbers_of)) == len(texts)
     assert all(-(2**63) <= number < 2**63 for number in numbers_of)
     assert text_id("a") == 4681665781835383343  # not Python's hash, which differs by process
+
+
+# ---------------------------------------------------------------- one column of texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["a", "b"], [("a", "b")]),
+        (["a", "b", "c"], [("a", "b"), ("c", "a")]),
+        (["a", "b", "c", "d"], [("a", "b"), ("c", "d")]),
+        (["a", "b", "c", "d", "a"], [("a", "b"), ("c", "d"), ("a", "a")]),
+    ],
+)
+def test_texts_that_follow_each_other_are_pairs(
+    tmp_path: Path, texts: list[str], expected: list[tuple[str, str]]
+) -> None:
+    path = csv(tmp_path, *(f"{text},0.5" for text in texts), header="text,score")
+    pairs = load_pairs(path, labels="optional", one_column=True)
+    assert list(zip(pairs.texts_a, pairs.texts_b, strict=True)) == expected
+    assert (pairs.labels, pairs.extra, pairs.negatives) == (None, {}, {})
+    assert pairs.rows == [1 + 2 * i for i in range(len(expected))]
+    assert pairs.select([0]).texts_b == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("header", "named", "texts"),
+    [
+        ("text,other", None, ["a", "c"]),
+        ("Sentence,text_a", None, ["a", "c"]),
+        ("other,sentences", None, ["b", "d"]),
+        ("other,text", "other", ["a", "c"]),
+        ("sentence1,sentence2", "sentence2", ["b", "d"]),
+    ],
+)
+def test_one_column_is_found_or_named(
+    tmp_path: Path, header: str, named: str | None, texts: list[str]
+) -> None:
+    pairs = load_pairs(
+        csv(tmp_path, "a,b", "c,d", header=header),
+        column_a=named,
+        labels="unread",
+        one_column=True,
+    )
+    assert [*pairs.texts_a, *pairs.texts_b] == texts
+
+
+def test_two_columns_of_pairs_come_before_one(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,c,0.5", header="sentence1,sentence2,text,score")
+    pairs = load_pairs(path, labels="unread", one_column=True)
+    assert (pairs.texts_a, pairs.texts_b, pairs.labels) == (["a"], ["b"], None)
+    assert pairs.extra == {"text": ["c"], "score": ["0.5"]}
+    named = load_pairs(
+        path, column_a="text", column_b="sentence1", labels="required", one_column=True
+    )
+    assert (named.texts_a, named.texts_b, named.labels) == (["c"], ["a"], [0.5])
+
+
+def test_labels_that_are_unread_may_be_anything(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,high,7", "c,d,,", header="sentence1,sentence2,score,label")
+    pairs = load_pairs(path, labels="unread", column_label="score")
+    assert pairs.labels is None
+    assert pairs.extra == {"score": ["high", ""], "label": ["7", ""]}
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "one_column", "match"),
+    [
+        ("text", ["a"], True, r"2 texts or more in column 'text'.* has 1"),
+        ("text", ["a", '" "'], True, r"'text' to hold texts, but got whitespace.*data row 2"),
+        ("text,sentence", ["a,b"], True, r"one column of texts.*'text' and 'sentence'. Set `data."),
+        ("words", ["a"], True, r"has the columns 'words'. Set .*`, or `data.column_a` alone\."),
+        ("text", ["a"], False, r"one column \('text'\) is enough for objective 'distillation'\."),
+    ],
+)
+def test_one_column_that_does_not_fit_is_refused(
+    tmp_path: Path, header: str, rows: list[str], one_column: bool, match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        load_pairs(csv(tmp_path, *rows, header=header), labels="unread", one_column=one_column)
 
 
 # ---------------------------------------------------------------- bad rows
@@ -700,6 +781,49 @@ def test_batch_holds_negatives_and_numbers_of_texts(tmp_path: Path) -> None:
     ]
     assert batch["text_ids"].dtype == torch.int64
     assert len(batch["text_ids"].unique()) == 6
+
+
+class Lengths(Teacher):
+    """A teacher whose embeddings are the lengths of texts and of roles, and that writes no file."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str | None, list[str]]] = []
+
+    def prepare(self, texts: Any, device: Any = "cpu") -> None:
+        self.asked.append(texts)
+
+    def vectors(self, texts: Any, role: str | None = None) -> torch.Tensor:
+        return torch.tensor([[float(len(text)), len(role or "")] for text in texts])
+
+
+def test_teacher_embeds_all_texts_and_batches_hold_its_embeddings(tmp_path: Path) -> None:
+    teacher = Lengths()
+    data = PairDataModule(
+        preprocess,
+        train=csv(tmp_path, "a,bb,9", "ccc,dddd,high", "e,f,"),
+        validation=csv(tmp_path, "gg", "h", header="text", name="dev.csv"),
+        test=csv(tmp_path, "i,jj,0.25", name="test.csv"),
+        batch_size=2,
+        role_a="query",
+        role_b="doc",
+        needs_label=False,
+        in_batch=True,
+        teacher=teacher,
+    )
+    data.prepare_data()
+    texts = {"query": ["a", "ccc", "e", "gg", "i"], "doc": ["bb", "dddd", "f", "h", "jj"]}
+    assert teacher.asked == [texts]
+    seen = []
+    for batch in data.train_dataloader():  # the last one is a single pair, which has two texts
+        assert set(batch) == {"a", "b", "index", "teacher"}
+        pairs = data.pairs("train").select(batch["index"].tolist())
+        assert batch["teacher"].tolist() == [
+            [[len(a), 5], [len(b), 3]] for a, b in zip(pairs.texts_a, pairs.texts_b, strict=True)
+        ]
+        seen += batch["index"].tolist()
+    assert sorted(seen) == [0, 1, 2]
+    assert set(next(iter(data.val_dataloader()))) == {"a", "b", "index", "teacher"}
+    assert set(next(iter(data.test_dataloader()))) == {"a", "b", "index", "label", "teacher"}
 
 
 def test_workers_give_the_same_batches(tmp_path: Path) -> None:

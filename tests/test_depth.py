@@ -163,7 +163,7 @@ def test_all_blocks_can_be_frozen_where_something_comes_after_them(tmp_path: Pat
     trainer = fit(module, tmp_path)
     names = [group["name"] for group in trainer.optimizers[0].param_groups]
     assert names == ["after_blocks_decayed", "after_blocks_not_decayed"]
-    match = r"leave something to train, but got 3 and BertModel has no weights after its 3 blocks"
+    match = r"to train, but got 3 and BertModel has nothing to train after its 3 blocks"
     with pytest.raises(InputError, match=match):
         SiameseModule(encoder_of("bert"), freeze_layers=L)
 

@@ -18,7 +18,9 @@ from xsiam.losses import (
     OBJECTIVES,
     AbstractObjective,
     EmbeddedBatch,
+    Matryoshka,
     get_objective,
+    matryoshka_of,
     register_objective,
 )
 from xsiam.losses.base import options_of
@@ -67,7 +69,15 @@ def complete(name: str, batch: EmbeddedBatch) -> EmbeddedBatch:
         batch.b,
         () if kind.negatives == "forbidden" else batch.negatives,
         torch.linspace(0.1, 0.9, len(batch.a)) if kind.needs_label else None,
+        teacher=teacher_of(len(batch.a)) if kind.needs_teacher else None,
     )
+
+
+def teacher_of(n: int, similarity: str = "cos") -> torch.Tensor:
+    """Return a teacher's embeddings of n pairs, of another dimension than ours."""
+    generator = torch.Generator().manual_seed(n)
+    vectors = torch.randn(n, 2, 7, generator=generator)
+    return torch.nn.functional.normalize(vectors, dim=-1) if similarity == "cos" else vectors
 
 
 @pytest.mark.parametrize("similarity", ["cos", "dot"])
@@ -99,7 +109,7 @@ def test_objectives_without_comparison_are_means_over_pairs(name: str) -> None:
 
 def test_every_option_of_a_registered_objective_has_a_key() -> None:
     options = {option for kind in OBJECTIVES.values() for option in options_of(kind)}
-    assert options == set(vars(ObjectiveConfig())) - {"name", "chunk_size"}
+    assert options == set(vars(ObjectiveConfig())) - {"name", "chunk_size", "dims", "dim_weights"}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,7 @@ def test_every_option_of_a_registered_objective_has_a_key() -> None:
         ("triplet", EmbeddedBatch(A, B), r"objective 'triplet'.*`data.columns_negative`"),
         ("contrastive", EmbeddedBatch(A[:1], B[:1]), r"'contrastive'.*got 1. Set `data.batch_s"),
         ("cosent", EmbeddedBatch(A[:1], B[:1], (), LABELS[:1]), r"'cosent'.*but got 1"),
+        ("distillation", EmbeddedBatch(A, B, (), LABELS), r"'distillation'.*Give .* `teacher`"),
     ],
 )
 def test_missing_parts_of_a_batch_are_refused(name: str, batch: EmbeddedBatch, match: str) -> None:
@@ -285,6 +296,129 @@ def test_shares_of_the_processes_average_to_the_loss_of_all(symmetric: bool) -> 
     assert_same_loss_and_gradients(batch, mean, objective(batch))
     counts = [objective.figures(part)["masked_negatives"].item() for part in parts]
     assert sum(counts) == objective.figures(batch)["masked_negatives"].item() > 0
+
+
+# ---------------------------------------------------------------- distillation
+
+
+def slow_distillation(batch: EmbeddedBatch, similarity: str) -> torch.Tensor:
+    """Return the loss by its definition, one pair of texts at a time."""
+    assert batch.teacher is not None
+    ours = [text for pair in zip(batch.a, batch.b, strict=True) for text in pair]
+    theirs = batch.teacher.double().flatten(0, 1)
+
+    def error(x: int, y: int) -> torch.Tensor:
+        score = torch.dot(ours[x], ours[y])
+        if similarity == "cos":
+            score = score / (ours[x].norm() * ours[y].norm())
+        return (score - torch.dot(theirs[x], theirs[y])).square()
+
+    every = [error(x, y) for x, y in itertools.combinations(range(len(ours)), 2)]
+    pairs = [error(2 * i, 2 * i + 1) for i in range(len(batch.a))]
+    return (torch.stack(every).mean() + torch.stack(pairs).mean()) / 2
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_distillation_is_its_definition(similarity: str, n: int) -> None:
+    batch = random_batch(n, 0, teacher=teacher_of(n, similarity))
+    expected = slow_distillation(batch, similarity)
+    assert_same_loss_and_gradients(
+        batch, get_objective("distillation", similarity)(batch), expected
+    )
+
+
+def test_distillation_by_hand() -> None:
+    """Pairs score 24 and 0, the other texts 3 and 3 (of one side), 4 and 4; the teacher's are 1."""
+    batch = EmbeddedBatch(A[:2], B[:2], teacher=torch.ones(2, 2, 1))
+    expected = ((23**2 + 1 + 2 * 2**2 + 2 * 3**2) / 6 + (23**2 + 1) / 2) / 2
+    assert get_objective("distillation", "dot")(batch).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+def test_scores_of_the_teacher_in_other_dimensions_have_no_loss(similarity: str) -> None:
+    batch = random_batch(4, 0)
+    turned = torch.linalg.qr(torch.randn(9, 5, dtype=torch.float64)).Q.T
+    vectors = torch.stack([batch.a, batch.b], dim=1).detach() @ turned
+    if similarity == "cos":
+        vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    batch = EmbeddedBatch(batch.a, batch.b, teacher=vectors)
+    assert get_objective("distillation", similarity)(batch).item() < 1e-24  # measured: 3e-30
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+def test_shares_of_distillation_average_to_the_loss_of_all(similarity: str) -> None:
+    batch = random_batch(7, 0, teacher=teacher_of(7, similarity))
+    objective = get_objective("distillation", similarity)
+    parts = [
+        EmbeddedBatch(batch.a, batch.b, own=own, n_processes=3, teacher=batch.teacher)
+        for own in (slice(0, 2), slice(2, 3), slice(3, 7))
+    ]
+    mean = torch.stack([objective(part) for part in parts]).mean()
+    assert_same_loss_and_gradients(batch, mean, slow_distillation(batch, similarity))
+
+
+# ---------------------------------------------------------------- matryoshka
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_matryoshka_is_the_sum_of_the_losses_of_cut_embeddings(name: str, similarity: str) -> None:
+    objective = get_objective(name, similarity)
+    whole = complete(name, random_batch(4, 2))
+    expected = []
+    for dim, weight in ((5, 1.0), (2, 0.25), (3, 2.0)):
+        a, b, *negatives = (vectors[:, :dim].clone() for vectors in columns_of(whole))
+        part = EmbeddedBatch(a, b, tuple(negatives), whole.labels, teacher=whole.teacher)
+        expected.append(weight * objective(part))
+    ours = Matryoshka([5, 2, 3], [1.0, 0.25, 2.0]).loss(objective, whole)
+    assert_same_loss_and_gradients(whole, ours, torch.stack(expected).sum())
+    assert Matryoshka([5]).loss(objective, whole).item() == objective(whole).item()
+
+
+def test_matryoshka_by_hand() -> None:
+    """Cosines are 0.96, 0, 1 with two dimensions and 1, 0, 0 with one, where vectors of 0 are."""
+    batch = EmbeddedBatch(A, B, (), torch.zeros(3))
+    expected = 2 * (0.96**2 + 1) / 3 + 3 * 1 / 3
+    loss = Matryoshka([2, 1], [2.0, 3.0]).loss(get_objective("mse_cosine"), batch)
+    assert loss.item() == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("dims", "weights", "match"),
+    [
+        ([], None, r"`dims` to be different.*but got \[\]. Set `objective.dims`"),
+        ([8, 8], None, r"`dims` to be different.*but got \[8, 8\]"),
+        ([8, 0], None, r"`dims` to be different.*but got \[8, 0\]"),
+        (
+            [8, 4],
+            [1.0],
+            r"`dim_weights` to be 2 positive.*got \[1.0\]. Set `objective.dim_weights`",
+        ),
+        ([8, 4], [1.0, 0.0], r"`dim_weights` to be 2 positive numbers.*but got \[1.0, 0.0\]"),
+        ([8, 4], [1.0, math.nan], r"`dim_weights`.*but got \[1.0, nan\]"),
+        (
+            None,
+            [1.0],
+            r"`dims` for `dim_weights`, but got \[1.0\] without any. Set `objective.dims`",
+        ),
+    ],
+)
+def test_wrong_dimensions_are_refused(
+    dims: list[int] | None, weights: list[float] | None, match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        matryoshka_of(dims, weights)
+
+
+def test_dimensions_are_those_of_the_embedding() -> None:
+    Matryoshka([4, 8]).check(8)
+    match = r"at most 8 dimensions as its largest, but got \[9, 8\]. Set `objective.dims`"
+    with pytest.raises(InputError, match=match):
+        Matryoshka([9, 8]).check(8)
+    match = r"the whole embedding of 8 dimensions.*got \[4, 2\].*`model.truncate_dim`"
+    with pytest.raises(InputError, match=match):
+        Matryoshka([4, 2]).check(8)
 
 
 # ---------------------------------------------------------------- registry

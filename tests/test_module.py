@@ -153,6 +153,96 @@ def test_unlabelled_pairs_log_nothing(encoder: SiameseEncoder, tmp_path: Path) -
     assert module.undefined == {}
 
 
+def taught(encoder: SiameseEncoder, sizes: tuple[int, ...], labelled: bool = True) -> Any:
+    """Return a loader of batches with a teacher's embeddings, and these: [4, 2, 7]."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.nn.functional.normalize(torch.randn(4, 2, 7, generator=generator), dim=-1)
+    loader: Any = batches(encoder, sizes, labelled)
+    found = [batch | {"teacher": vectors[batch["index"]]} for batch in loader.dataset]
+    return DataLoader(found, batch_size=None), vectors  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_scores_are_correlated_with_those_of_a_teacher(
+    tmp_path: Path, similarity: str, labelled: bool
+) -> None:
+    encoder = SiameseEncoder(tiny_model(), reference="uniform", similarity=similarity)
+    module = SiameseModule(encoder, "distillation", anisotropy=False)
+    loader, vectors = taught(encoder, (3, 1), labelled)
+    logged = trainer(tmp_path).validate(module, loader, verbose=False)[0]
+    scores, theirs = encoder.score(TEXTS, OTHERS), (vectors[:, 0] * vectors[:, 1]).sum(dim=-1)
+    assert logged["val/pearson_teacher"] == pytest.approx(pearson(scores, theirs).item(), abs=1e-5)
+    objective = get_objective("distillation", similarity)
+    a, b = encoder.encode(TEXTS), encoder.encode(OTHERS)
+    losses = [
+        objective(EmbeddedBatch(a[rows], b[rows], teacher=vectors[rows])).item() * n
+        for rows, n in ((slice(0, 3), 3), (slice(3, 4), 1))
+    ]
+    assert logged["val/loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert ("val/spearman_cosine" in logged) == labelled
+    assert "val/mrr@10" not in logged
+
+
+def test_correlation_with_equal_scores_of_a_teacher_is_explained(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    module = SiameseModule(encoder, "distillation")
+    found = next(iter(batches(encoder, (4,), False))) | {"teacher": torch.full((4, 2, 3), 0.5)}
+    loader = DataLoader([found], batch_size=None)  # type: ignore[arg-type]
+    with pytest.warns(RuntimeWarning, match="all 4 scores of the teacher are equal to 0.75"):
+        logged = trainer(tmp_path).validate(module, loader, verbose=False)[0]
+    assert set(logged) == {"val/loss", "val/anisotropy"}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("reference", ["pad", "uniform"])
+@pytest.mark.parametrize("name", ["mse_dot", "contrastive", "distillation"])
+def test_loss_of_leading_dimensions_is_that_of_the_truncated_model(
+    tmp_path: Path, name: str, reference: str, normalize: bool
+) -> None:
+    """The shift commutes with the cut, and a Normalize comes before it."""
+
+    def loss(truncate_dim: int | None, **settings: Any) -> float:
+        model = tiny_model(truncate_dim=truncate_dim)
+        encoder = SiameseEncoder(model, reference=reference, normalize=normalize, similarity="dot")
+        module = SiameseModule(encoder, name, anisotropy=False, **settings)
+        loader, _ = taught(encoder, (4,), name == "mse_dot")
+        return trainer(tmp_path).validate(module, loader, verbose=False)[0]["val/loss"]
+
+    ours = loss(None, dims=[32, 8, 3], dim_weights=[1.0, 2.0, 0.5])
+    assert ours == pytest.approx(loss(None) + 2 * loss(8) + 0.5 * loss(3), rel=1e-5)
+    assert loss(8, dims=[8, 3]) == pytest.approx(loss(8) + loss(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mse_cosine", "distillation"])
+def test_leading_dimensions_are_learnt(tmp_path: Path, name: str) -> None:
+    def loss_of_four(dims: list[int] | None, epochs: int) -> float:
+        encoder = SiameseEncoder(tiny_model(dropout=0.0), reference="uniform")
+        loader, vectors = taught(encoder, (4,), name == "mse_cosine")
+        module = SiameseModule(encoder, name, learning_rate=1e-3, dims=dims)
+        trainer(tmp_path, max_epochs=epochs).fit(module, loader)
+        a, b = encoder.encode(TEXTS)[:, :4], encoder.encode(OTHERS)[:, :4]
+        return get_objective(name)(EmbeddedBatch(a, b, (), LABELS, teacher=vectors)).item()
+
+    nested, plain, before = loss_of_four([32, 4], 30), loss_of_four(None, 30), loss_of_four(None, 0)
+    # Measured: 0.0009, 0.029, 0.93 with labels, and 0.19, 0.26, 0.80 with a random teacher.
+    assert nested < 0.8 * min(plain, before), (nested, plain, before)
+
+
+def test_dimensions_change_the_loss_and_no_other_metric(
+    encoder: SiameseEncoder, tmp_path: Path
+) -> None:
+    plain, nested = (
+        trainer(tmp_path).validate(
+            SiameseModule(encoder, dims=dims), batches(encoder, (4,)), verbose=False
+        )[0]
+        for dims in (None, [32, 8])
+    )
+    assert plain.keys() == nested.keys()
+    assert [key for key in plain if plain[key] != nested[key]] == ["val/loss"]
+
+
 def embedded(encoder: SiameseEncoder, n: int) -> EmbeddedBatch:
     return EmbeddedBatch(encoder.encode(TEXTS[:n]), encoder.encode(OTHERS[:n]))
 
@@ -356,6 +446,8 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "layer_decay": None,
         "freeze_layers": 0,
         "activation_checkpointing": False,
+        "dims": None,
+        "dim_weights": None,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 
@@ -369,6 +461,10 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         ({"schedule": "cosine"}, "linear, constant, but got 'cosine'. Set `optimizer.schedule`"),
         ({"objective": "mse"}, "but got 'mse'"),
         ({"objective_options": {"scale": 2.0}}, r"got scale=2.0.*Leave `objective.scale` out"),
+        ({"dims": [64, 32]}, r"at most 32 dimensions.*got \[64, 32\]. Set `objective.dims`"),
+        ({"dims": [16]}, r"the whole embedding of 32.*got \[16\]. Set `objective.dims`"),
+        ({"dims": [32, 32]}, r"`dims` to be different.*got \[32, 32\]"),
+        ({"dim_weights": [1.0]}, r"`dims` for `dim_weights`, but got \[1.0\]"),
         ({"chunk_size": 0}, "`chunk_size` to be 1 or more, but got 0. Set `objective.chunk_size`"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from models import TEXT_A, TEXT_B, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
-from xsiam.integration import integrate_adaptive
+from xsiam.integration import first_rule, integrate_adaptive
 from xsiam.quadrature import gauss_legendre, sinh_map, sinh_mapped
 from xsiam.rational import rational_curve
 
@@ -182,6 +182,25 @@ def test_refinement_ends_where_rounding_hides_a_sharp_turn(
     assert group.n_sampled <= 2000
     assert float((result.vectors - exact).norm(dim=0).max()) <= 3 * scale * result.token_error
     assert result.converged == can_converge
+
+
+def test_paths_begin_with_a_rule_that_does_for_the_peak_of_ours() -> None:
+    groups = [Peaked(9), Peaked(9)]
+    rule = first_rule(groups, 1e-3, 4096)  # type: ignore[arg-type]
+    assert 8 < rule.n_nodes <= 24
+    exact = peak_integral()
+    error = np.linalg.norm(rule.weights.numpy() @ peak(rule.nodes.numpy()) - exact)
+    assert error <= 1e-3 * np.linalg.norm(exact)
+    assert all(group.n_sampled <= 200 and group.n_evaluated == 0 for group in groups)
+
+
+@pytest.mark.parametrize("max_nodes", [64, 4096])
+def test_turns_too_steep_for_one_rule_are_not_probed_to_their_end(max_nodes: int) -> None:
+    groups = [Steep(9, 1e-5) for _ in range(3)]
+    rule = first_rule(groups, 1e-3, max_nodes)  # type: ignore[arg-type]
+    assert torch.equal(rule.nodes, gauss_legendre(8).nodes)
+    assert groups[0].n_sampled <= 200
+    assert [group.n_sampled for group in groups[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3])

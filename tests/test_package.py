@@ -74,5 +74,5 @@ def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     assert inside == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "xsiam = xsiam.cli:main" in scripts
-    for extra in ("offline", "nlp", "bench", "dev"):
+    for extra in ("offline", "peft", "nlp", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in metadata

@@ -106,7 +106,12 @@ CASES = {
         "model.freeze_layers=1",
         "trainer.activation_checkpointing=true",
     ],
-    "fitted": ["model.reference=fitted", "trainer.accumulate_grad_batches=2"],
+    "fitted": [
+        "model.reference=fitted",
+        "objective.name=distillation",
+        "objective.dims=[16,8]",
+        "trainer.accumulate_grad_batches=2",
+    ],
 }
 
 
@@ -284,6 +289,7 @@ def test_strategies_that_share_weights_otherwise_are_refused() -> None:
     [
         ("trainer.precision=64-true", r"`trainer.precision=64-true`.*bf16-mixed"),
         ("trainer.precision=16-mixed", r"`trainer.precision=16-mixed`.*bf16-mixed"),
+        ("lora.enabled=true", r"auto or ddp where `lora.enabled=true`, but got 'fsdp'"),
         ("trainer.timeout=0", r"`trainer.timeout` to be a positive number"),
     ],
 )

@@ -45,24 +45,62 @@ def relative_size(encoder: SiameseEncoder) -> float:
 
 
 def rosenbrock(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+    """[S, 2] to [S]."""
+    return (10 * (x[:, 1] - x[:, 0] ** 2)) ** 2 + (1 - x[:, 0]) ** 2
 
 
 def test_a_minimum_within_the_ball_is_found() -> None:
-    start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
     values: list[float] = []
-    found = minimise_in_ball(
-        lambda x: rosenbrock(x).square().sum(), start, 10.0, 100, values.append, target=1e-16
-    )
+    found = minimise_in_ball(rosenbrock, start, 10.0, 100, on_step=values.append, target=1e-16)
     assert (found.x - 1).abs().max() < 1e-6
     assert (found.is_settled, found.at_bound) == (True, False)
     assert values == sorted(values, reverse=True)
-    short = minimise_in_ball(lambda x: rosenbrock(x).square().sum(), start, 10.0, 12)
+    short = minimise_in_ball(rosenbrock, start, 10.0, 12)
     assert not short.is_settled
-    assert minimise_in_ball(
-        lambda x: rosenbrock(x).square().sum(), start, 10.0, 12, negligible=10.0
-    ).is_settled
+    assert minimise_in_ball(rosenbrock, start, 10.0, 12, negligible=10.0).is_settled
     assert short.value > found.value
+
+
+def test_searches_from_several_starts_are_their_own() -> None:
+    """As if each were alone, however many are evaluated together."""
+    starts = torch.tensor([[-1.2, 1.0], [3.0, -4.0], [0.5, 0.5]], dtype=torch.float64)
+    alone = [minimise_in_ball(rosenbrock, start[None], 10.0, 9) for start in starts]
+    together = minimise_in_ball(rosenbrock, starts, 10.0, 9)
+    best = min(alone, key=lambda found: found.value)
+    assert len({found.value for found in alone}) == 3
+    assert torch.allclose(together.x, best.x, rtol=1e-12)
+    # after a first look only the best of them goes on, with the curvature that it has learned
+    evaluated = []
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        evaluated.append(len(x))
+        return rosenbrock(x)
+
+    first = [minimise_in_ball(rosenbrock, start[None], 10.0, 4).value for start in starts]
+    (kept,) = [start for start, value in zip(starts, first, strict=True) if value == min(first)]
+    found = minimise_in_ball(counted, starts, 10.0, 30, first_look=4)
+    assert set(evaluated) == {1, 3}
+    own = minimise_in_ball(rosenbrock, kept[None], 10.0, 30)
+    assert torch.allclose(found.x, own.x, rtol=1e-12)
+
+
+def test_a_search_ends_where_nothing_lowers_the_value() -> None:
+    at_minimum = torch.ones(1, 2, dtype=torch.float64)
+    found = minimise_in_ball(rosenbrock, at_minimum, 10.0, 50)
+    assert (found.iterations <= 1, found.is_settled, found.value) == (True, True, 0.0)
+    stuck = minimise_in_ball(lambda x: 1 + x.square().sum(1), 0 * at_minimum + 1e-30, 10.0, 50)
+    assert stuck.iterations < 50
+    assert stuck.is_settled
+
+
+def test_steps_to_where_the_function_is_not_finite_are_shortened() -> None:
+    def barrier(x: torch.Tensor) -> torch.Tensor:
+        return 10 + (x.square() - x[:, :1].log()).sum(1)  # NaN left of 0
+
+    start = torch.tensor([[1e-3, 2.0]], dtype=torch.float64)
+    found = minimise_in_ball(barrier, start, 10.0, 60)
+    assert found.x.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
 def test_a_minimum_on_the_sphere_is_that_of_ridge_regression() -> None:
@@ -70,7 +108,7 @@ def test_a_minimum_on_the_sphere_is_that_of_ridge_regression() -> None:
     a = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     b = 5 * torch.randn(6, generator=generator, dtype=torch.float64)
     found = minimise_in_ball(
-        lambda x: (a @ x - b).square().sum(), torch.ones(4, dtype=torch.float64) / 10, 0.5, 100
+        lambda x: (x @ a.T - b).square().sum(1), torch.ones(1, 4, dtype=a.dtype) / 10, 0.5, 100
     )
     low, high = 0.0, 1e4  # the multiplier at which ridge regression has that norm
     for _ in range(200):
@@ -104,7 +142,7 @@ def test_a_fitted_vector_has_a_smaller_embedding(architecture: str) -> None:
 
 def test_no_step_within_the_bound_lowers_it_much() -> None:
     """In float64: along the gradient and along random directions, whatever the size of the step."""
-    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    encoder = SiameseEncoder(tiny_model("distilbert").double(), shift=False)
     reference = fit_reference(encoder)
     assert reference.report.converged
     features = encoder.preprocess(TEXTS[:1])

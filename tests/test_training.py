@@ -175,6 +175,19 @@ def test_export_holds_the_best_weights_not_the_last(inputs: Path, tmp_path: Path
     assert exported.model_fingerprint == best.model_fingerprint != last.model_fingerprint
 
 
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    finished: TrainingResult, inputs: Path, tmp_path: Path
+) -> None:
+    """Two runs of their own, with dropout and shuffled batches, on the CPU."""
+    again = train(inputs, tmp_path / "again")
+    assert_same_run(again, finished)
+    files = [result.export / "model.safetensors" for result in (again, finished)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    other = weights(train(inputs, tmp_path / "other", "seed=1").last_checkpoint)
+    ours = weights(finished.last_checkpoint)
+    assert any(not torch.equal(ours[key], other[key]) for key in ours)
+
+
 def test_tensorboard_holds_the_keys_by_global_step(finished: TrainingResult) -> None:
     events = EventAccumulator(str(finished.tensorboard_dir)).Reload()
     tags = set(events.Tags()["scalars"])

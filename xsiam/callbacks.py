@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from xsiam.accuracy import KEYS, PairValues, layer_key, sample_pairs, summarise_values, values_of
+from xsiam.adapters import merged_adapters
 from xsiam.attribution import PairAttributor
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
@@ -47,7 +48,7 @@ class AttributionMonitor(Callback):
     ``attribution/layer_<l>/``, which ``ModelCheckpoint`` and ``EarlyStopping`` can monitor, and
     heat maps of the first pairs to TensorBoard. Pairs are shared out over processes and every value
     is computed on the gathered pairs. Training is left as it is without the monitor: random states,
-    modes, gradients and precision settings.
+    modes, gradients and precision settings. Adapters are merged meanwhile, see `xsiam.adapters`.
 
     Where processes share the weights, each gathers them into a whole copy of the encoder, which
     stands on the processor between validations: attributions need hidden states of the whole model.
@@ -142,7 +143,7 @@ class AttributionMonitor(Callback):
             encoder = self._copy_of(encoder)
         if self.layers:
             # Refuses what it cannot do; the first validation would be an epoch later.
-            with isolate_rng():
+            with isolate_rng(), merged_adapters(encoder.model):
                 PairAttributor(encoder, self.layers[0], **self.settings)
         if trainer.state.fn == TrainerFn.FITTING:
             _check_monitored(trainer)
@@ -158,7 +159,11 @@ class AttributionMonitor(Callback):
         skipped = fitting and (trainer.current_epoch + 1) % self.every_n_epochs
         if trainer.sanity_checking or skipped:
             return
-        with isolate_rng(), self._whole(_encoder_of(pl_module)) as encoder:
+        with (
+            isolate_rng(),
+            self._whole(_encoder_of(pl_module)) as encoder,
+            merged_adapters(encoder.model),
+        ):
             for layer in self.layers:
                 gathered = _gather(self._attribute_share(encoder, layer, trainer))
                 for name, value in _summary(gathered).items():

@@ -7,6 +7,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Module, Normalize, Transformer
 from torch import Tensor, nn
 
+from xsiam.adapters import (
+    LoraSettings,
+    check_peft,
+    inject_lora,
+    lora_settings,
+    merge_adapters,
+    merged_adapters,
+    without_lora,
+)
 from xsiam.encoder import SIMILARITIES, SiameseEncoder
 from xsiam.errors import CheckpointError
-from xsiam.model_folders import ResolvedModel, read_json
+from xsiam.model_card import model_card
+from xsiam.model_folders import SETTINGS_FILE, ResolvedModel, read_json
 from xsiam.modules import ReferenceShift
-from xsiam.pretrained import load_sentence_transformer, resolve
+from xsiam.pretrained import load_sentence_transformer, local_copy, resolve
 from xsiam.references import REFERENCES, AbstractReference, get_reference
 from xsiam.split import evaluation_mode
 
 FORMAT_VERSION = 1
-SETTINGS_FILE = "xsiam.json"
 # A folded shift is still the model's own where ẽ(r) is below this share of e(r).
 _FOLD_TOLERANCE = 1e-4
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -43,13 +53,14 @@ def load_encoder(
 ) -> SiameseEncoder:
     """Load an encoder from anything :func:`xsiam.pretrained.resolve` understands.
 
-    Arguments that are not None win over what the source records.
+    Arguments that are not None win over what the source records. Adapters are merged.
     """
-    resolved = resolve(name_or_path)
+    resolved = local_copy(resolve(name_or_path))
     if resolved.kind == "checkpoint":
         model, settings = _load_checkpoint(Path(resolved.path), loading)
     else:
         model = load_sentence_transformer(resolved, **loading)
+        merge_adapters(model)
         settings = {"shift": resolved.shift, "similarity": resolved.similarity}
         settings |= _take_out_shift(model, _read_settings(resolved.path))
     given = {
@@ -75,34 +86,38 @@ def load_encoder(
     )
 
 
-def export_encoder(encoder: SiameseEncoder, path: Path) -> None:
+def export_encoder(
+    encoder: SiameseEncoder, path: Path, run: Mapping[str, Any] | None = None
+) -> None:
     """Write a sentence-transformers folder that scores as the encoder does.
 
     A length-free shift is folded into a stock ``Dense`` (identity weight, bias −e(r)), so that
     ``SentenceTransformer(path)`` needs nothing of ours. Another shift is written as
-    :class:`~xsiam.modules.ReferenceShift`, which plain sentence-transformers refuses.
+    :class:`~xsiam.modules.ReferenceShift`, which plain sentence-transformers refuses. Adapters are
+    merged into the weights that are written; the encoder keeps them. README.md is
+    :func:`~xsiam.model_card.model_card` of the training run, if there was one.
     """
-    modules = list(encoder.split.modules)
-    if encoder.shift:
-        modules.append(_shift_module(encoder))
-    if encoder.normalize:
-        modules.append(Normalize())
-    similarity = next(name for name, ours in SIMILARITIES.items() if ours == encoder.similarity)
-    model = _assemble(encoder, modules, similarity)
     path.mkdir(parents=True, exist_ok=True)
-    model.save(str(path), create_model_card=False)
-    settings = {
-        "format_version": FORMAT_VERSION,
-        **_settings_of(encoder),
-        "shift_module": len(encoder.split.modules) if encoder.shift else None,
-    }
+    with merged_adapters(encoder.model):
+        modules = list(encoder.split.modules)
+        if encoder.shift:
+            modules.append(_shift_module(encoder))
+        if encoder.normalize:
+            modules.append(Normalize())
+        similarity = next(name for name, ours in SIMILARITIES.items() if ours == encoder.similarity)
+        _assemble(encoder, modules, similarity).save(str(path), create_model_card=False)
+        settings = {
+            "format_version": FORMAT_VERSION,
+            **_settings_of(encoder),
+            "shift_module": len(encoder.split.modules) if encoder.shift else None,
+        }
     (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (path / "README.md").write_text(_model_card(encoder), encoding="utf-8")
+    (path / "README.md").write_text(model_card(encoder, run), encoding="utf-8")
 
 
 def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
     """Return all of an encoder but its weights: plain values, and bytes as tensors."""
-    model = encoder.model
+    model, lora = encoder.model, lora_settings(encoder.model)
     settings = _settings_of(encoder)  # first: asking for names of weights shares them out again
     with tempfile.TemporaryDirectory() as folder:
         weights = _write_without_weights(model, Path(folder))
@@ -116,6 +131,7 @@ def payload_of(encoder: SiameseEncoder) -> dict[str, Any]:
         "encoder": settings,
         "files": files,
         "weights": weights,
+        "lora": None if lora is None else asdict(lora),
     }
 
 
@@ -279,14 +295,20 @@ def _load_checkpoint(
         for name, content in payload["files"].items():
             _write_inside(root, name, bytes(content.numpy()))
         for place, prefix in payload["weights"].items():
-            _write_weights(root / place, state, prefix)
+            _write_weights(root / place, without_lora(state), prefix)
         model = load_sentence_transformer(ResolvedModel(str(root), "folder"), **loading)
+    lora = payload.get("lora")
+    if lora:
+        check_peft()
     try:
+        if lora:
+            inject_lora(model, LoraSettings(**lora))
         model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Expected {str(path)!r} to hold the weights of its own model, but {error}"
         ) from error
+    merge_adapters(model)
     return model, dict(payload["encoder"])
 
 
@@ -342,41 +364,3 @@ def _write_without_weights(model: SentenceTransformer, folder: Path) -> dict[str
     (folder / "modules.json").write_text(json.dumps(entries), encoding="utf-8")
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config), encoding="utf-8")
     return weights
-
-
-def _model_card(encoder: SiameseEncoder) -> str:
-    """Return the README of an exported folder."""
-    if not encoder.shift:
-        shift = "no reference shift: token attributions need main effects and an intercept"
-        use = "SentenceTransformer"
-    elif encoder.reference.length_free:
-        shift = (
-            f"the `{encoder.reference.name}` reference shift, folded into a Dense module: "
-            "token-pair attributions are exact"
-        )
-        use = "SentenceTransformer"
-    else:
-        shift = (
-            f"the `{encoder.reference.name}` reference shift, which depends on the length: it "
-            "loads with xsiam only"
-        )
-        use = "SiameseEncoder"
-    package = "sentence_transformers" if use == "SentenceTransformer" else "xsiam"
-    load = f'{use}("path")' if package != "xsiam" else f'{use}.from_pretrained("path")'
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, xsiam]
----
-# Siamese encoder exported by xsiam
-
-* base: {encoder.split.name}, {encoder.n_layers} layers, {encoder.embedding_dim} dimensions
-* similarity: {encoder.similarity}
-* shift: {shift}
-
-```python
-from {package} import {use}
-
-model = {load}
-```
-"""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
+from xsiam.adapters import lora_settings
 from xsiam.checkpoint import read_checkpoint
 from xsiam.config import TrainConfig
 from xsiam.data import SPLITS, PairDataModule, PairDataset
@@ -26,6 +28,8 @@ FSDP = "fsdp"
 CORRELATIONS = tuple(
     f"val/{kind}_{name}" for kind in ("spearman", "pearson") for name in ("cosine", "dot")
 )
+
+LIKENESS = "val/pearson_teacher"
 
 RETRIEVALS = tuple(f"val/{figure}" for figure in RETRIEVAL_FIGURES)
 
@@ -114,7 +118,8 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
     monitor = config.checkpoint.monitor or default_monitor(module, data)
     layers = config.attribution.layers if config.attribution.enabled else []
     prefixes = tuple(f"attribution/layer_{layer}/" for layer in layers)
-    plain = (*CORRELATIONS, *RETRIEVALS, "val/loss")
+    unlabelled = (LIKENESS,) if module.objective.needs_teacher else RETRIEVALS
+    plain = (*CORRELATIONS, *unlabelled, "val/loss")
     plain += ("val/anisotropy",) if module.anisotropy else ()
     if monitor not in plain and not monitor.startswith(prefixes):
         known = [*plain, *(f"{prefix}…" for prefix in prefixes)]
@@ -128,6 +133,8 @@ def _check_monitor(config: TrainConfig, module: SiameseModule, data: PairDataMod
         reason = _no_correlation(pairs)
     elif monitor in RETRIEVALS:
         reason = _no_retrieval(pairs)
+    elif monitor == LIKENESS and len(pairs) < 2:
+        reason = f"a correlation needs 2 pairs or more, but there are {len(pairs)}"
     if reason is not None:
         other = default_monitor(module, data)
         hint = "" if other == monitor else f"={other}"
@@ -171,6 +178,7 @@ def _check_resumable(path: Path, module: SiameseModule, *, sharded: bool) -> Non
             "or `model.name` to the checkpoint, to start a new run from its weights."
         )
     _check_layers(path, checkpoint.get("hyper_parameters", {}), module)
+    _check_lora(path, checkpoint["xsiam"].get("lora"), module)
     own, theirs = module.state_dict(), checkpoint["state_dict"]
     for name in [*own, *theirs]:
         shapes = [tuple(s[name].shape) if name in s else None for s in (own, theirs)]
@@ -194,18 +202,35 @@ def _check_layers(path: Path, before: dict[str, Any], module: SiameseModule) -> 
             )
 
 
+def _check_lora(path: Path, then: dict[str, Any] | None, module: SiameseModule) -> None:
+    """Raise CheckpointError where adapters are others than before."""
+    settings = lora_settings(module.encoder.model)
+    now = None if settings is None else asdict(settings)
+    if now == then:
+        return
+    if now is None or then is None:
+        now, then = ({"enabled": settings is not None} for settings in (now, then))
+    key = next(key for key in now if now[key] != then.get(key))
+    raise CheckpointError(
+        f"Expected `lora.{key}` to be {then.get(key)} as in the checkpoint {str(path)!r}, but got "
+        f"{now[key]}. Set `lora.{key}`, or `model.name` to the checkpoint, to start a new run "
+        "from its weights."
+    )
+
+
 def validates(config: TrainConfig, data: PairDataModule) -> bool:
     """Whether a run has validations."""
     return data.has("validation") and config.trainer.limit_val_batches != 0
 
 
 def default_monitor(module: SiameseModule, data: PairDataModule) -> str:
-    """Return the correlation of the model's own score; MRR where validation pairs have no labels.
+    """Return the correlation of the model's own score with the labels of validation pairs.
 
-    Both are the better the higher, as the default of ``checkpoint.mode`` says.
+    Without labels that is the correlation with the scores of a teacher, or MRR where there is none.
+    All are the better the higher, as the default of ``checkpoint.mode`` says.
     """
     if data.has("validation") and data.pairs("validation").labels is None:
-        return "val/mrr@10"
+        return LIKENESS if module.objective.needs_teacher else "val/mrr@10"
     return "val/spearman_dot" if module.encoder.similarity == "dot" else "val/spearman_cosine"
 
 

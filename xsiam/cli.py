@@ -1,4 +1,4 @@
-"""The `xsiam` command: train, evaluate, explain, index.
+"""The `xsiam` command: train, evaluate, explain, index, upload.
 
 Only the standard library is imported here, so that ``xsiam --help`` answers at once; each command
 imports what it needs.
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_explain(commands)
     _add_fit_reference(commands)
+    _add_upload(commands)
     index_commands = _add_index(commands)
     for command in [*commands.choices.values(), *index_commands.choices.values()]:
         if command.get_default("run") is not None:
@@ -144,6 +145,21 @@ def _add_fit_reference(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--similarity", choices=("cos", "dot"), help="default: the model's own")
     command.set_defaults(run=_fit_reference)
+
+
+def _add_upload(commands: Any) -> None:
+    command = commands.add_parser(
+        "upload",
+        help="upload an exported model to the Hugging Face hub",
+        description="Upload the folder of an exported model, all files of it. No other command "
+        "sends anything anywhere. Log in with `hf auth login`, or set HF_TOKEN.",
+    )
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="such as runs/mine/export")
+    command.add_argument("repo_id", metavar="REPO_ID", help="owner/name; it is made if need be")
+    command.add_argument("--private", action="store_true", help="only you can see it")
+    command.add_argument("--revision", help="branch, made if need be (default: main)")
+    command.add_argument("--message", help="of the commit")
+    command.set_defaults(run=_upload)
 
 
 def _add_index(commands: Any) -> Any:
@@ -295,6 +311,19 @@ def _fit_reference(arguments: argparse.Namespace) -> None:
     print(f"exact model: {arguments.output}")
 
 
+def _upload(arguments: argparse.Namespace) -> None:
+    from xsiam.upload import upload_model
+
+    url = upload_model(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        message=arguments.message,
+    )
+    print(f"uploaded: {url}")
+
+
 def _own_device() -> str | None:
     """Return this process's GPU under torchrun; None leaves the choice to the model."""
     import torch
@@ -380,9 +409,10 @@ def _split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_users(error: Exception) -> bool:
     """Whether an error is a message to the user, and no fault of the program."""
-    from xsiam.errors import InputError, ModelError, ProcessError
+    from xsiam.errors import HubError, InputError, ModelError, ProcessError
 
-    return isinstance(error, InputError | ModelError | ProcessError | FileNotFoundError)
+    users = InputError | ModelError | HubError | ProcessError | FileNotFoundError
+    return isinstance(error, users)
 
 
 def _hide_loading_bars() -> None:

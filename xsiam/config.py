@@ -52,6 +52,23 @@ Columns = Annotated[
     list[Name],
     Constraint("a list of different column names", lambda value: len(set(value)) == len(value)),
 ]
+Dims = Annotated[
+    list[Count],
+    Constraint(
+        "a list of different whole numbers of 1 or more",
+        lambda value: 0 < len(value) == len(set(value)),
+    ),
+]
+DimWeights = Annotated[
+    list[Positive], Constraint("a list of positive numbers", lambda value: len(value) > 0)
+]
+Names = Annotated[
+    list[Name],
+    Constraint(
+        "a list of one name or more, all different",
+        lambda value: 0 < len(value) == len(set(value)),
+    ),
+]
 LabelRange = Annotated[
     list[float],
     Constraint(
@@ -148,7 +165,8 @@ class DataConfig(Section):
     name: Name | None = None
     """Where the splits come from: "bundled", a saved dataset's folder or a hub name."""
     column_a: Name | None = None
-    """Column of the first texts; null finds it by convention."""
+    """Column of the first texts; null finds it by convention. For "distillation" it may be the only
+    one."""
     column_b: Name | None = None
     """Column of the second texts; null finds it by convention."""
     column_label: Name | None = None
@@ -198,7 +216,8 @@ class ObjectiveConfig(Section):
     """What training minimises."""
 
     name: Name = "mse_cosine"
-    """Registered name: "mse_cosine", "mse_dot", "cosent", "contrastive" or "triplet"."""
+    """Registered name: "mse_cosine", "mse_dot", "cosent", "contrastive", "triplet" or
+    "distillation"."""
     temperature: Positive | None = None
     """Of "contrastive": what scores are divided by; null takes 0.05, right for the cosine."""
     symmetric: bool | None = None
@@ -209,6 +228,14 @@ class ObjectiveConfig(Section):
     """Of "triplet": how much further away negatives are kept; null takes 0.5."""
     distance: Literal["cosine", "euclidean"] | None = None
     """Of "triplet": distance between embeddings; null takes "cosine"."""
+    teacher: Name | None = None
+    """Of "distillation": folder, checkpoint or hub name of the model whose scores are kept; null is
+    ``model.name`` without a shift of ours, with ``model.prompt`` and ``model.max_length``."""
+    dims: Dims | None = None
+    """Of all: numbers of leading dimensions whose losses are added up, the whole embedding
+    among them, such as [384, 192, 96]; null has the loss of the whole embedding only."""
+    dim_weights: DimWeights | None = None
+    """Of all: what the loss of each of ``dims`` is multiplied by; null takes 1."""
     chunk_size: Count | None = None
     """Of all: most texts embedded at once in training, for large batches in little memory, at the
     price of a second forward pass; null embeds whole batches."""
@@ -229,6 +256,34 @@ class OptimizerConfig(Section):
     """Share of the steps over which the learning rate rises linearly from 0."""
     schedule: Literal["linear", "constant"] = "linear"
     """After the warm-up: linear decay to 0, or constant."""
+
+
+@dataclass
+class LoraConfig(Section):
+    """LoRA: small adapters are trained and the model's own weights stay; needs ``xsiam[peft]``."""
+
+    enabled: bool = False
+    """Whether adapters are trained, and nothing else."""
+    r: Count = 8
+    """Rank of the adapters."""
+    alpha: Positive = 16.0
+    """Scale: an adapter's product is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout of an adapter's input in training."""
+    target_modules: Names | Name | None = None
+    """Linear modules with adapters, by name, such as [query, value], or "all-linear"; null takes
+    peft's choice for the architecture, and "all-linear" where it has none."""
+
+    def check(self, prefix: str) -> None:
+        """Raise InputError where adapters are described but not enabled."""
+        default = LoraConfig()
+        names = ("r", "alpha", "dropout", "target_modules")
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+        if changed and not self.enabled:
+            raise InputError(
+                f"Expected no `{prefix}{changed[0]}` without adapters, but got "
+                f"{getattr(self, changed[0])}. Set `{prefix}enabled=true`."
+            )
 
 
 @dataclass
@@ -292,7 +347,8 @@ class CheckpointConfig(Section):
 
     monitor: Name | None = None
     """Metric of the best checkpoint; null takes "val/spearman_cosine" or "val/spearman_dot", after
-    the model's similarity, and "val/mrr@10" where the validation pairs have no labels."""
+    the model's similarity, and where the validation pairs have no labels "val/mrr@10", or
+    "val/pearson_teacher" with a teacher."""
     mode: Literal["min", "max"] = "max"
     """Whether a lower or a higher value is better."""
     every_n_steps: Count | None = None
@@ -367,6 +423,8 @@ class TrainConfig(Section):
     """The encoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """The pairs."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters in place of full fine-tuning."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What training minimises."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

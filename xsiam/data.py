@@ -11,6 +11,7 @@ Batches are dictionaries:
 * "label": Tensor[n] float32, absent for unlabelled data;
 * "text_ids": Tensor[n, 2 + columns] int64, equal for equal texts of a, b and the negatives; only
   for objectives that compare the pairs of a batch, and for validation and test without labels;
+* "teacher": Tensor[n, 2, K] float32, a teacher's embeddings of a and b, where there is a teacher;
 * "index": Tensor[n] int64, the row of each pair in ``pairs(split)``.
 """
 
@@ -32,6 +33,7 @@ from xsiam.errors import InputError
 from xsiam.pairs import LabelRule, NegativeRule, PairDataset, load_pairs, text_id
 from xsiam.sampling import LengthBucketSampler, ShardedEvaluationSampler
 from xsiam.tables import is_file_name, is_hub_name, split_names
+from xsiam.teacher import Teacher
 
 __all__ = ["SPLITS", "PairCollator", "PairDataModule", "PairDataset", "load_pairs"]
 
@@ -54,12 +56,14 @@ class PairCollator:
         role_a: role of the first texts.
         role_b: role of the second texts and of the negatives.
         with_text_ids: whether batches hold "text_ids".
+        teacher: whose embeddings batches hold, prepared; None for none.
     """
 
     preprocess: Preprocess
     role_a: str | None = None
     role_b: str | None = None
     with_text_ids: bool = False
+    teacher: Teacher | None = None
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
         """Return the batch described at the top of this module."""
@@ -73,6 +77,10 @@ class PairCollator:
         negatives = rows.get("negatives", [])
         if negatives:
             batch["negatives"] = [self.preprocess(texts, self.role_b) for texts in negatives]
+        if self.teacher is not None:
+            sides = ((rows["a"], self.role_a), (rows["b"], self.role_b))
+            vectors = [self.teacher.vectors(texts, role) for texts, role in sides]
+            batch["teacher"] = torch.stack(vectors, dim=1)
         if self.with_text_ids:
             columns = [rows["a"], rows["b"], *negatives]
             ids = [[text_id(text) for text in texts] for texts in columns]
@@ -92,6 +100,11 @@ class PairDataModule(LightningDataModule):
     pairs must have them if the objective does; test pairs may. ``column_label="none"`` leaves them
     out everywhere. The same holds for columns of hard negatives, but that validation and test pairs
     never need them: those of an objective without negatives stay in `PairDataset.extra`.
+
+    With a `teacher` pairs are texts to score, and no more. Labels of training pairs are left
+    unread, those of validation and test pairs are read where there are any; one column of texts is
+    enough for every split (see `load_pairs`); pairs without labels are not ranked, since they need
+    not belong together. `prepare_data` lets the teacher embed all texts.
 
     Args:
         preprocess: texts and role in, padded features out; called in the collator. With
@@ -122,6 +135,8 @@ class PairDataModule(LightningDataModule):
             negatives.
         limit: use only the first so many pairs of every split.
         expected_range: labels the objective can take.
+        teacher: model whose scores the objective keeps; batches then hold "teacher", and never
+            "text_ids".
 
     Raises:
         InputError: on construction for a wrong number, on `setup` for wrong data, on
@@ -155,9 +170,12 @@ class PairDataModule(LightningDataModule):
         in_batch: bool = False,
         limit: int | None = None,
         expected_range: tuple[float, float] = (0.0, 1.0),
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
-        self.collator = PairCollator(preprocess, role_a, role_b, with_text_ids=in_batch)
+        in_batch = in_batch and teacher is None
+        self.collator = PairCollator(preprocess, role_a, role_b, in_batch, teacher)
+        self.teacher = teacher
         self.name = name
         self.sources = {"train": train, "validation": validation, "test": test}
         self.fractions = {"validation": validation_fraction, "test": test_fraction}
@@ -179,11 +197,16 @@ class PairDataModule(LightningDataModule):
         self._check_fractions()
 
     def prepare_data(self) -> None:
-        """Download what comes from the hub, on one process of each machine."""
+        """Download what comes from the hub, and let the teacher embed all texts.
+
+        Lightning calls this on one process of each machine, and the others wait.
+        """
         for split in SPLITS:
             located = self._locate(split)
             if located is not None and is_hub_name(located[0]):
                 self._load(split)
+        if self.teacher is not None:
+            self.teacher.prepare(self._texts(), self._device())
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the splits of a stage; training checks all of them before it begins.
@@ -216,6 +239,14 @@ class PairDataModule(LightningDataModule):
         if split not in self._pairs:
             self._add(split)
         return self._pairs[split]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Return of every split where it came from and how many pairs it has, as plain values.
+
+        "source" is a file or dataset, "split" the name of a dataset's split, "fraction" what was
+        drawn of the training pairs; the last two are None where there is no such thing.
+        """
+        return {split: self._facts_of(split) for split in SPLITS if self.has(split)}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled, length-bucketed batches; see `LengthBucketSampler`.
@@ -256,7 +287,7 @@ class PairDataModule(LightningDataModule):
             rank=rank,
         )
         # Without labels anchors rank the texts of all pairs, which have to be told apart.
-        with_ids = self.in_batch or pairs.labels is None
+        with_ids = self.in_batch or (pairs.labels is None and self.teacher is None)
         return self._loader(pairs, sampler, replace(self.collator, with_text_ids=with_ids))
 
     def _loader(
@@ -270,11 +301,19 @@ class PairDataModule(LightningDataModule):
             collate_fn=collator,  # type: ignore[arg-type]  # torch expects a list of samples
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self._on_gpu(),
+            pin_memory=self._device().type == "cuda",
         )
 
-    def _on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _texts(self) -> dict[str | None, list[str]]:
+        """Return the texts of all splits by role."""
+        texts: dict[str | None, list[str]] = {}
+        for pairs in (self.pairs(split) for split in SPLITS if self.has(split)):
+            texts.setdefault(self.collator.role_a, []).extend(pairs.texts_a)
+            texts.setdefault(self.collator.role_b, []).extend(pairs.texts_b)
+        return texts
 
     def _processes(self) -> tuple[int, int]:
         """Return the number of processes that share the data, and the number of this one."""
@@ -313,6 +352,20 @@ class PairDataModule(LightningDataModule):
                 f"pairs, but they add up to {total:g}."
             )
 
+    def _facts_of(self, split: str) -> dict[str, Any]:
+        fraction = self._fraction(split)
+        located = self._locate(split if fraction is None else "train")
+        assert located is not None
+        source, name, _ = located
+        pairs = self.pairs(split)
+        return {
+            "source": str(source),
+            "split": name if self.name is not None and source == self.name else None,
+            "fraction": fraction,
+            "n_pairs": len(pairs),
+            "labelled": pairs.labels is not None,
+        }
+
     def _locate(self, split: str) -> tuple[str | Path, str, str] | None:
         """Return source, split name and configuration key of a split, None where it has none."""
         given, key = self.sources[split], f"data.{split}"
@@ -342,7 +395,7 @@ class PairDataModule(LightningDataModule):
             raise InputError(f"Expected `data.{split}`, but none is given. Set `data.{split}`.")
         rule: LabelRule = "required" if self.needs_label else "optional"
         if split == "train" and not self.needs_label:
-            rule = "forbidden"
+            rule = "forbidden" if self.teacher is None else "unread"
         if split == "test":
             rule = "optional"
         negatives = self.negatives
@@ -358,6 +411,7 @@ class PairDataModule(LightningDataModule):
             negatives=negatives,
             expected_range=self.expected_range,
             label_range=self.label_range,
+            one_column=self.teacher is not None,
             key=key,
         )
 

@@ -68,7 +68,8 @@ def check_depths(
         if max(_depths(encoder).values(), default=0) <= freeze_layers:
             raise InputError(
                 f"Expected `freeze_layers` to leave something to train, but got {freeze_layers} "
-                f"and {name} has no weights after its {layers} blocks. Set `model.freeze_layers`."
+                f"and {name} has nothing to train after its {layers} blocks. "
+                "Set `model.freeze_layers`."
             )
 
 

@@ -22,6 +22,10 @@ class ProcessError(ValueError):
     """A process of a run lost the others: one of them died, or did not answer in time."""
 
 
+class HubError(ValueError):
+    """A model hub cannot be reached, or does not do what was asked of it."""
+
+
 class ConvergenceWarning(RuntimeWarning):
     """A quadrature stopped at its budget before the tolerance was met; the best result is kept."""
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from xsiam.accuracy import sample_pairs
@@ -29,6 +28,7 @@ from xsiam.checks import (
 )
 from xsiam.config import DataConfig, EvaluateConfig, save_config, to_dict
 from xsiam.data import PairDataModule
+from xsiam.embedding import embed_texts
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError, TruncationWarning
 from xsiam.history import SCHEMA_VERSION, finite, run_facts, write_results
@@ -44,9 +44,7 @@ from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
 from xsiam.pairs import PairDataset
 from xsiam.report import print_evaluation
-from xsiam.split import evaluation_mode, features_to
 from xsiam.tables import BUNDLED
-from xsiam.texts import Truncations
 
 __all__ = ["EvaluationResult", "run_evaluation"]
 
@@ -205,7 +203,12 @@ class _Evaluation:
         keys = [(text, role) for texts, role in sides for text in texts]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TruncationWarning)
-            embeddings = self._embed(list(dict.fromkeys(keys)))
+            embeddings = embed_texts(
+                self.encoder,
+                list(dict.fromkeys(keys)),
+                batch_size=self.config.data.eval_batch_size,
+                progress=self.progress,
+            )
         for warning in caught:
             if issubclass(warning.category, TruncationWarning):
                 self.notes.append(str(warning.message))
@@ -221,25 +224,6 @@ class _Evaluation:
                 f"{bad[0]} ({dot[bad[0]]}). Check the model's weights, or set another `checkpoint`."
             )
         return _Scores(cosine, dot, cosine if self.encoder.similarity == "cos" else dot)
-
-    def _embed(
-        self, keys: Sequence[tuple[str, str | None]]
-    ) -> dict[tuple[str, str | None], Tensor]:
-        """Embed texts in batches of one role and of similar lengths, float32 or more."""
-        size = self.config.data.eval_batch_size
-        batches = []
-        for role in dict.fromkeys(role for _, role in keys):
-            texts = sorted((text for text, r in keys if r == role), key=len, reverse=True)
-            batches += [(texts[i : i + size], role) for i in range(0, len(texts), size)]
-        embeddings: dict[tuple[str, str | None], Tensor] = {}
-        encoder = self.encoder
-        with torch.no_grad(), evaluation_mode(encoder), Truncations(encoder) as truncations:
-            for texts, role in track(batches, "embedding texts", disable=not self.progress):
-                features = encoder.preprocess_with(truncations, texts, role)
-                rows = encoder(features_to(features, encoder.device)).cpu()
-                rows = rows if rows.dtype == torch.float64 else rows.float()
-                embeddings |= {(t, role): row for t, row in zip(texts, rows, strict=True)}
-        return embeddings
 
     def _correlations(self, scores: _Scores) -> dict[str, float]:
         """Correlate both scores with the labels; say why where that is undefined."""

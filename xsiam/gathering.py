@@ -67,15 +67,14 @@ def gather_batch(batch: EmbeddedBatch) -> EmbeddedBatch:
             f"{[width - 2 for width in widths]}. Set the same `data.train` on all of them."
         )
     a, b, *negatives = _rows(columns, sizes).unbind(dim=1)
-    labels, ids = (
+    labels, ids, teacher = (
         None if values is None else _rows(values, sizes)
-        for values in (batch.labels, batch.text_ids)
+        for values in (batch.labels, batch.text_ids, batch.teacher)
     )
     rank = distributed.get_rank()
     start = sum(sizes[:rank])
-    return EmbeddedBatch(
-        a, b, tuple(negatives), labels, ids, slice(start, start + sizes[rank]), len(sizes)
-    )
+    own = slice(start, start + sizes[rank])
+    return EmbeddedBatch(a, b, tuple(negatives), labels, ids, own, len(sizes), teacher)
 
 
 def _rows(values: Tensor, sizes: list[int]) -> Tensor:

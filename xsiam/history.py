@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,19 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import xsiam
 
-__all__ = ["SCHEMA_VERSION", "HistoryLogger", "KeepHistory", "run_facts", "write_results"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "HistoryLogger",
+    "KeepHistory",
+    "git_commit",
+    "run_facts",
+    "write_results",
+]
 
 SCHEMA_VERSION = 1
 """Version of the layout of `results.json`."""
 
-_PACKAGES = ("lightning", "transformers", "sentence-transformers")
+_PACKAGES = ("lightning", "transformers", "sentence-transformers", "datasets", "numpy", "peft")
 
 
 class HistoryLogger(Logger):
@@ -124,9 +134,10 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
 
 def run_facts() -> dict[str, Any]:
     """Return where and by which versions a run was made."""
-    versions = {name: version(name) for name in _PACKAGES}
+    versions = {name: version(name) for name in _PACKAGES if find_spec(name.replace("-", "_"))}
     return {
         "command": list(sys.argv),
+        "commit": git_commit(),
         "versions": {
             "python": platform.python_version(),
             "xsiam": xsiam.__version__,
@@ -134,8 +145,36 @@ def run_facts() -> dict[str, Any]:
             **versions,
         },
         "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout that the working directory is in, None in no checkout.
+
+    It ends in "-dirty" where files that git knows were changed since.
+    """
+    # Nothing of a repository's own configuration is run: no file system monitor, no tags' names.
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here, or a checkout on a disk that does not answer
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    """Return the name of the processor, which decides how results are rounded."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []  # not Linux
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_results(path: Path, metrics: Mapping[str, float], facts: Mapping[str, Any]) -> None:

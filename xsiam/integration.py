@@ -47,6 +47,8 @@ _WORTH_A_TRY = 0.15
 # What the first rule may err on xsiam's own text, as a share of the tolerance: it is accepted at
 # the whole of it.
 _FIRST_SHARE = 0.5
+# A path of ours that takes more nodes than this is left, and there is no rule of its kind to try.
+_MOST_PROBED = 64
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
 # vectors, which can be larger, is measured too: with this margin, at one node for so many that were
 # evaluated, but a few at least.
@@ -104,15 +106,19 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
 
     Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
     where. Each of them proposes a rule. A text that a rule does not do for is evaluated again with
-    its own, and the rule is taken with which those texts would cost the fewest nodes.
+    its own, and the rule is taken with which those texts would cost the fewest nodes. Where one of
+    them has none to propose, or its path takes too many nodes for one, it is the plain one.
     """
     proposed, curves = [], []
+    budget = min(max_nodes, _MOST_PROBED)
     for group in groups:
-        text = PathPanels(0, tolerance, max_nodes, [_whole(group, 0, gauss(FIRST_ORDER))])
+        text = PathPanels(0, tolerance, budget, [_whole(group, 0, gauss(FIRST_ORDER))])
         plan(group, [text], None)
         allowed = _FIRST_SHARE * tolerance * text.scale
         found = proposed_rule(text, text.root, max_nodes, allowed)
-        proposed.append(found or gauss(FIRST_ORDER))
+        if found is None or text.worst_panels():
+            return gauss(FIRST_ORDER)
+        proposed.append(found)
         curves.append((fitted_curve(text, text.root), allowed))
 
     def cost(rule: Rule) -> float:

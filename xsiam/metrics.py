@@ -67,8 +67,13 @@ def spearman(scores: Tensor, labels: Tensor) -> Tensor:
     return _pearson(_ranks(scores), _ranks(labels))
 
 
-def undefined_reason(scores: Tensor, labels: Tensor) -> str | None:
+def undefined_reason(scores: Tensor, labels: Tensor, called: str = "labels") -> str | None:
     """Return why the correlation of two [n] tensors is undefined, None where it is defined.
+
+    Args:
+        scores: One tensor, [n].
+        labels: The other, [n].
+        called: What to call the other.
 
     Raises:
         InputError: If the tensors are not one-dimensional and of equal length.
@@ -80,7 +85,7 @@ def undefined_reason(scores: Tensor, labels: Tensor) -> str | None:
         )
     if len(scores) < 2:
         return f"a correlation needs 2 pairs or more, but there are {len(scores)}"
-    for name, values in (("scores", scores), ("labels", labels)):
+    for name, values in (("scores", scores), (called, labels)):
         finite = torch.isfinite(values)
         if not finite.all():
             return f"{int((~finite).sum())} of {len(values)} {name} are not finite"
@@ -94,6 +99,9 @@ class PairCorrelation(Metric):
 
     Scores are gathered, never correlations averaged: the mean of two Spearmans is not a Spearman.
     A pair that a sampler repeats to fill up a batch counts once, by its index.
+
+    Args:
+        called: What to call the labels, for the reason why a correlation is undefined.
     """
 
     full_state_update = False
@@ -104,8 +112,9 @@ class PairCorrelation(Metric):
     labels: list[Tensor]
     index: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, called: str = "labels") -> None:
         super().__init__()
+        self.called = called
         for name in ("scores", "labels", "index"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -126,7 +135,7 @@ class PairCorrelation(Metric):
         scores, labels = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
         first = first_of_each(dim_zero_cat(self.index))
         scores, labels = scores[first].cpu(), labels[first].cpu()
-        reason = undefined_reason(scores, labels)
+        reason = undefined_reason(scores, labels, self.called)
         if reason is not None:
             return Correlations(None, None, reason, len(scores))
         return Correlations(spearman(scores, labels), pearson(scores, labels), None, len(scores))

@@ -23,6 +23,9 @@ WEIGHT_FILES = (
 )
 """Weight files that are read; pickled ones (`.bin`) through torch's restricted reader only."""
 
+SETTINGS_FILE = "xsiam.json"
+"""Beside the files of sentence-transformers: what xsiam knows of a model that it exported."""
+
 STOCK_MODULES = "sentence_transformers."
 OWN_MODULES = "xsiam.modules."
 # Class names of the reference code and whether they subtract the reference embedding.
@@ -140,10 +143,10 @@ def _check_module_types(types: list[str], folder: Path) -> None:
             "code are not supported."
         )
     own = [name for name in types if name.startswith(OWN_MODULES)]
-    if own and not (folder / "xsiam.json").is_file():
+    if own and not (folder / SETTINGS_FILE).is_file():
         raise CheckpointError(
-            f"Expected `xsiam.json` beside the module {own[0]!r} in {str(folder)!r}, but it is "
-            "missing. Copy the whole folder that `save_pretrained` wrote."
+            f"Expected `{SETTINGS_FILE}` beside the module {own[0]!r} in {str(folder)!r}, but it "
+            "is missing. Copy the whole folder that `save_pretrained` wrote."
         )
 
 

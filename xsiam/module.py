@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from xsiam.depth import check_depths, freeze_lower_layers, parameter_depths, par
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
-from xsiam.losses import EmbeddedBatch, get_objective
+from xsiam.losses import EmbeddedBatch, get_objective, matryoshka_of
 from xsiam.metrics import Anisotropy, PairCorrelation, PairMean
 from xsiam.retrieval import RETRIEVAL_FIGURES, PairRetrieval
 from xsiam.sharding import ShardedStrategy, gathered, shard, whole
@@ -52,6 +52,9 @@ class SiameseModule(LightningModule):
     logs ``train/masked_negatives`` (`xsiam.losses.Contrastive`). In validation it compares those of
     one batch on one process, so that its loss depends on the size of these batches.
 
+    Where batches hold the embeddings of a teacher (``distillation``), ``val/pearson_teacher`` is
+    the correlation of the model's own scores with the teacher's, for pairs with labels too.
+
     Defaults are the published recipe: AdamW, no decay on biases and LayerNorm, linear warm-up over
     the first tenth of the steps, then linear decay to 0.
 
@@ -75,6 +78,10 @@ class SiameseModule(LightningModule):
             freezes nothing. They are frozen when training begins.
         activation_checkpointing: Whether training keeps only what enters each block for the
             backward pass, and computes the blocks again there: less memory, the same gradients.
+        dims: Numbers of leading dimensions whose losses are added up, see
+            `xsiam.losses.Matryoshka`; None has the loss of the whole embedding only. All metrics
+            but the loss are those of the whole embedding.
+        dim_weights: What the loss of each of `dims` is multiplied by; None is 1.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -101,11 +108,16 @@ class SiameseModule(LightningModule):
         layer_decay: float | None = None,
         freeze_layers: int = 0,
         activation_checkpointing: bool = False,
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
         self.objective = get_objective(objective, encoder.similarity, **(objective_options or {}))
+        self.matryoshka = matryoshka_of(dims, dim_weights)
+        if self.matryoshka is not None:
+            self.matryoshka.check(encoder.embedding_dim)
         if chunk_size is not None and chunk_size < 1:
             raise InputError(
                 f"Expected `chunk_size` to be 1 or more, but got {chunk_size}. "
@@ -139,6 +151,9 @@ class SiameseModule(LightningModule):
         )
         self.correlations = nn.ModuleDict(
             {f"{stage}_{name}": PairCorrelation() for stage in _STAGES for name in _SIMILARITIES}
+        )
+        self.likenesses = nn.ModuleDict(
+            {stage: PairCorrelation("scores of the teacher") for stage in _STAGES}
         )
 
     def setup(self, stage: str) -> None:
@@ -287,11 +302,20 @@ class SiameseModule(LightningModule):
         )
         # In float32 or more, whatever the precision of training.
         a, b, *negatives = (e if e.dtype == torch.float64 else e.float() for e in embedded)
-        return EmbeddedBatch(a, b, tuple(negatives), batch.get("label"), batch.get("text_ids"))
+        return EmbeddedBatch(
+            a,
+            b,
+            tuple(negatives),
+            batch.get("label"),
+            batch.get("text_ids"),
+            teacher=batch.get("teacher"),
+        )
 
     def _loss(self, embedded: EmbeddedBatch) -> Tensor:
         """Return the loss; a product of embeddings that autocast rounds is no score."""
         with torch.autocast(embedded.a.device.type, enabled=False):
+            if self.matryoshka is not None:
+                return self.matryoshka.loss(self.objective, embedded)
             return self.objective(embedded)
 
     def _update(self, stage: str, batch: Batch) -> None:
@@ -300,6 +324,10 @@ class SiameseModule(LightningModule):
             self._anisotropy(stage).update(torch.cat([embedded.a, embedded.b]))
         if self.objective.problem_with(embedded) is None:
             self._mean_loss(stage).update(self._loss(embedded), len(embedded.a))
+        if embedded.teacher is not None:
+            scores = self.encoder.similarity_of(embedded.a, embedded.b)
+            theirs = embedded.teacher.prod(dim=1).sum(dim=-1)
+            self._likeness(stage).update(scores, theirs, batch["index"])
         if embedded.labels is not None:
             for name, similarity in _SIMILARITIES.items():
                 scores = similarity(embedded.a, embedded.b)
@@ -332,6 +360,9 @@ class SiameseModule(LightningModule):
                 for kind in ("spearman", "pearson"):
                     value, reason = getattr(result, kind), str(result.undefined)
                     self._log_or_explain(f"{stage}/{kind}_{name}", value, reason)
+        if self._likeness(stage).update_called:
+            result = self._likeness(stage).compute()
+            self._log_or_explain(f"{stage}/pearson_teacher", result.pearson, str(result.undefined))
         if self._retrieval(stage).update_called:
             figures, undefined, *_ = self._retrieval(stage).compute()
             for key in RETRIEVAL_FIGURES:
@@ -346,12 +377,14 @@ class SiameseModule(LightningModule):
                 warnings.warn(f"`{key}` is undefined: {reason}.", RuntimeWarning, stacklevel=2)
         else:
             # Already over all processes: the same number everywhere, nothing to synchronise.
-            self.log(key, value.float(), prog_bar="spearman" in key or "mrr" in key)
+            shown = any(part in key for part in ("spearman", "mrr", "teacher"))
+            self.log(key, value.float(), prog_bar=shown)
 
     def _reset(self, stage: str) -> None:
         self._mean_loss(stage).reset()
         self._anisotropy(stage).reset()
         self._retrieval(stage).reset()
+        self._likeness(stage).reset()
         for name in _SIMILARITIES:
             self._correlation(stage, name).reset()
 
@@ -363,6 +396,9 @@ class SiameseModule(LightningModule):
 
     def _retrieval(self, stage: str) -> PairRetrieval:
         return cast(PairRetrieval, self.retrievals[stage])
+
+    def _likeness(self, stage: str) -> PairCorrelation:
+        return cast(PairCorrelation, self.likenesses[stage])
 
     def _correlation(self, stage: str, name: str) -> PairCorrelation:
         return cast(PairCorrelation, self.correlations[f"{stage}_{name}"])

@@ -31,6 +31,9 @@ TEXT_COLUMNS = (
 )
 """Pairs of column names that are recognised."""
 
+TEXT_COLUMN = ("text", "texts", "sentence", "sentences")
+"""Names of a single column of texts that are recognised where one is enough."""
+
 LABEL_COLUMNS = ("score", "scores", "label", "labels", "similarity")
 """Names of label columns that are recognised."""
 
@@ -40,7 +43,7 @@ NO_LABEL = "none"
 NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?", re.IGNORECASE)
 """Names of columns of hard negatives that are recognised; their numbers give the order."""
 
-LabelRule = Literal["required", "optional", "forbidden"]
+LabelRule = Literal["required", "optional", "forbidden", "unread"]
 NegativeRule = Literal["required", "optional", "available", "forbidden", "unused"]
 
 
@@ -55,8 +58,9 @@ class PairDataset(Dataset[dict[str, list[Any]]]):
         texts_a: first texts.
         texts_b: second texts, as many.
         labels: one float a pair, in the expected range; None for unlabelled data.
-        extra: every other column of the source, by name.
-        rows: number of each pair's data row in the source, counted from 1.
+        extra: every other column of the source, by name; none where one column made the pairs.
+        rows: number of each pair's data row in the source, counted from 1; of its first text where
+            one column made the pairs.
         name: what was read.
         negatives: hard negatives of each pair, by column.
     """
@@ -131,6 +135,7 @@ def load_pairs(
     negatives: NegativeRule = "unused",
     expected_range: tuple[float, float] = (0.0, 1.0),
     label_range: Sequence[float] | None = None,
+    one_column: bool = False,
     key: str = "source",
 ) -> PairDataset:
     """Read pairs and check every row.
@@ -148,12 +153,17 @@ def load_pairs(
         columns_negative: columns of hard negatives; None finds them by `NEGATIVE_COLUMN`, an empty
             list leaves them out.
         labels: "required": no labels are an error; "forbidden": labels are an error; "optional":
-            either will do. A column with labels in some rows only is always an error.
+            either will do; "unread": they are left in `extra`, whatever they are. A column with
+            labels in some rows only is an error but for the last.
         negatives: the same for hard negatives; "available": as optional, and a source may also lack
             all columns that are named; "unused": only columns that are named are an error, others
             are left in `extra`.
         expected_range: lowest and highest label the objective can take.
         label_range: lowest and highest label of the scale in the file.
+        one_column: whether one column of texts is enough where there are no two: `column_a` without
+            `column_b`, or one of `TEXT_COLUMN`. Texts that follow each other are then pairs, each
+            in one of them; a last text without another has the first one. Such pairs have no
+            labels.
         key: configuration key that `source` came from, for messages.
 
     Returns:
@@ -172,7 +182,9 @@ def load_pairs(
         raise InputError(
             f"Expected `{key}` to have at least one data row, but {table.name} has none."
         )
-    name_a, name_b = _find_texts(table, column_a, column_b)
+    if one_column and (name := _find_text(table, column_a, column_b)) is not None:
+        return _follow_each_other(table, name)
+    name_a, name_b = _find_texts(table, column_a, column_b, one_column)
     names_negative = _find_negatives(table, columns_negative, negatives, taken=(name_a, name_b))
     taken = (name_a, name_b, *names_negative)
     name_label = _find_label(table, column_label, labels, taken)
@@ -191,7 +203,36 @@ def load_pairs(
     )
 
 
-def _find_texts(table: Table, column_a: str | None, column_b: str | None) -> tuple[str, str]:
+def _find_text(table: Table, column_a: str | None, column_b: str | None) -> str | None:
+    """Return the name of the only text column, or None where there are two or none."""
+    if column_a is not None:
+        return _require_column(table, column_a, "data.column_a") if column_b is None else None
+    if column_b is not None or _by_convention(table, TEXT_COLUMNS):
+        return None
+    found = [name for (name,) in _by_convention(table, tuple((name,) for name in TEXT_COLUMN))]
+    if len(found) > 1:
+        raise InputError(
+            f"Expected one column of texts, or two of pairs, but {table.name} has "
+            f"{' and '.join(map(repr, found))}. Set `data.column_a`."
+        )
+    return found[0] if found else None
+
+
+def _follow_each_other(table: Table, name: str) -> PairDataset:
+    """Return pairs of texts of one column, the first with the second, the third with the fourth."""
+    texts = _check_texts(table, name)
+    if len(texts) < 2:
+        raise InputError(
+            f"Expected 2 texts or more in column {name!r}, of which pairs are made, but "
+            f"{table.name} has {len(texts)}."
+        )
+    firsts, seconds = texts[::2], texts[1::2] + texts[: len(texts) % 2]
+    return PairDataset(firsts, seconds, rows=list(range(1, len(texts) + 1, 2)), name=table.name)
+
+
+def _find_texts(
+    table: Table, column_a: str | None, column_b: str | None, one_column: bool
+) -> tuple[str, str]:
     """Return the names of the two text columns."""
     if (column_a is None) != (column_b is None):
         raise InputError(
@@ -211,7 +252,8 @@ def _find_texts(table: Table, column_a: str | None, column_b: str | None) -> tup
     if not found:
         raise InputError(
             f"Expected two text columns called {known}, but {table.name} has {_columns(table)}."
-            f"{_suggest_texts(table)} Set `data.column_a` and `data.column_b`."
+            f"{_suggest_texts(table)} Set `data.column_a` and `data.column_b`"
+            f"{_or_one(table, one_column)}."
         )
     if len(found) > 1:
         listed = " and ".join("/".join(pair) for pair in found)
@@ -273,8 +315,8 @@ def _negatives_by_convention(table: Table) -> list[str]:
 def _find_label(
     table: Table, column_label: str | None, labels: LabelRule, taken: tuple[str, ...]
 ) -> str | None:
-    """Return the name of the label column, or None where there is none."""
-    if column_label == NO_LABEL:
+    """Return the name of the label column, or None where there is none to read."""
+    if column_label == NO_LABEL or labels == "unread":
         found: list[str] = []
     elif column_label is not None:
         found = [_require_column(table, column_label, "data.column_label")]
@@ -331,6 +373,14 @@ def _require_column(table: Table, name: str, key: str) -> str:
             f"{name!r}.{suggest(name, table.columns)} Set `{key}`."
         )
     return name
+
+
+def _or_one(table: Table, one_column: bool) -> str:
+    """Return what one column of texts is good for."""
+    if one_column:
+        return ", or `data.column_a` alone"
+    alone = _by_convention(table, tuple((name,) for name in TEXT_COLUMN))
+    return f"; one column ({alone[0][0]!r}) is enough for objective 'distillation'" if alone else ""
 
 
 def _suggest_texts(table: Table) -> str:

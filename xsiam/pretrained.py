@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from xsiam.archives import fetch_archive, sha256_of, unpack_archive
 from xsiam.errors import CheckpointError, InputError, ModelError
 from xsiam.model_folders import (
+    SETTINGS_FILE,
     STOCK_MODULES,
     ResolvedModel,
     inspect_folder,
@@ -112,9 +113,35 @@ def records_shift(name_or_path: str | Path) -> bool:
     Raises:
         InputError, CheckpointError, ModelError: As `resolve` does.
     """
-    resolved = resolve(name_or_path)
-    written_by_us = (Path(resolved.path) / "xsiam.json").is_file()
+    resolved = local_copy(resolve(name_or_path))
+    written_by_us = (Path(resolved.path) / SETTINGS_FILE).is_file()
     return written_by_us or resolved.kind in ("checkpoint", "reference_code")
+
+
+def local_copy(resolved: ResolvedModel) -> ResolvedModel:
+    """Return the downloaded folder of a hub model that xsiam exported; all else as it is.
+
+    Its settings, such as a folded shift, are in a file that sentence-transformers does not know.
+    """
+    if resolved.kind != "hub":
+        return resolved
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    offline = hub_unreachable() is not None
+    try:
+        hf_hub_download(resolved.path, SETTINGS_FILE, local_files_only=offline)
+    except (OSError, ValueError):
+        return resolved  # not ours; a name that leads nowhere is reported when it is loaded
+    return inspect_folder(Path(snapshot_download(resolved.path, local_files_only=offline)))
+
+
+def hub_name(name: str) -> str | None:
+    """Return a model's name on the hub, None for what is no hub name."""
+    if name in (_MINILM, _MINILM.partition("/")[2]):
+        return _MINILM
+    is_local = Path(name).expanduser().exists() or _looks_like_path(name)
+    is_hub = not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return name if is_hub else None
 
 
 def _looks_like_path(text: str) -> bool:
@@ -329,7 +356,7 @@ def _load_hub(
     """Load a hub model, from the local cache alone where the hub does not answer."""
     from sentence_transformers import SentenceTransformer
 
-    unreachable = _hub_unreachable()
+    unreachable = hub_unreachable()
     if unreachable is not None:
         logger.warning("The Hugging Face hub is out of reach (%s): trying its cache.", unreachable)
     try:
@@ -353,7 +380,7 @@ def _load_hub(
     return model
 
 
-def _hub_unreachable() -> str | None:
+def hub_unreachable() -> str | None:
     """Say why the hub cannot be reached; None if it answers.
 
     One quick question first: without it the hub's client retries each file for over a minute.

@@ -119,7 +119,8 @@ class ResumableData(LightningDataModule):
         self.data = data
 
     def prepare_data(self) -> None:
-        """Download what has to be."""
+        """Download what has to be, and let a teacher embed the texts."""
+        self.data.trainer = self.trainer
         self.data.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:

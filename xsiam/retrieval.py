@@ -21,7 +21,13 @@ from torchmetrics.utilities import dim_zero_cat
 from xsiam.errors import InputError
 from xsiam.metrics import first_of_each
 
-__all__ = ["RETRIEVAL_FIGURES", "PairRetrieval", "Retrieval", "ranking_figures"]
+__all__ = [
+    "RETRIEVAL_FIGURES",
+    "PairRetrieval",
+    "Retrieval",
+    "figures_by_anchor",
+    "ranking_figures",
+]
 
 RETRIEVAL_FIGURES = ("mrr@10", "ndcg@10", "recall@1", "recall@10")
 """Keys of the figures, in their order."""
@@ -126,7 +132,27 @@ def ranking_figures(
     similarity: str = "cos",
     block: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return the means over all anchors of MRR@10, nDCG@10, recall@1 and recall@10.
+    """Return the means over all anchors of what `figures_by_anchor` says, with its arguments.
+
+    Returns:
+        Float64 scalars by the keys of `RETRIEVAL_FIGURES`.
+    """
+    found = figures_by_anchor(
+        anchors, candidates, relevant, left_out, similarity=similarity, block=block
+    )
+    return dict(zip(RETRIEVAL_FIGURES, found.mean(dim=0).cpu().unbind(), strict=True))
+
+
+def figures_by_anchor(
+    anchors: Tensor,
+    candidates: Tensor,
+    relevant: Tensor,
+    left_out: Tensor | None = None,
+    *,
+    similarity: str = "cos",
+    block: int | None = None,
+) -> Tensor:
+    """Return MRR@10, nDCG@10, recall@1 and recall@10 of every anchor.
 
     The relevant candidates of an anchor rank among themselves by score, and each behind every wrong
     candidate that scores no less than `TIE` below it: ties are broken against the model. With p_i
@@ -146,7 +172,7 @@ def ranking_figures(
         block: Anchors to rank at once; None takes what 2²² scores allow. It changes no figure.
 
     Returns:
-        Float64 scalars by the keys of `RETRIEVAL_FIGURES`.
+        [n, 4] float64, in the order of `RETRIEVAL_FIGURES`.
 
     Raises:
         InputError: If the similarity is another.
@@ -161,13 +187,13 @@ def ranking_figures(
     relevant = relevant.to(anchors.device)
     left_out = relevant[:0] if left_out is None else left_out.to(anchors.device)
     size = max(1, _SCORES // len(candidates)) if block is None else block
-    sums = torch.zeros(len(RETRIEVAL_FIGURES), dtype=torch.float64, device=anchors.device)
+    found = []
     for start in range(0, len(anchors), size):
         scores = anchors[start : start + size] @ candidates.T
         known = _mask(relevant, start, scores)
         places = _places(scores, known, known | _mask(left_out, start, scores))
-        sums += _figures(places, known.sum(dim=1)).sum(dim=0)
-    return dict(zip(RETRIEVAL_FIGURES, (sums / len(anchors)).cpu().unbind(), strict=True))
+        found.append(_figures(places, known.sum(dim=1)))
+    return torch.cat(found)
 
 
 def _check_similarity(similarity: str) -> None:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import DistError
 
-from xsiam.checkpoint import read_checkpoint
+from xsiam.adapters import add_lora, check_peft, lora_settings, merge_adapters
+from xsiam.checkpoint import export_encoder, read_checkpoint
 from xsiam.checks import (
     FSDP,
     check_accelerator,
@@ -58,10 +59,11 @@ from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError, ProcessError
 from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
-from xsiam.losses import get_objective
+from xsiam.losses import get_objective, matryoshka_of
 from xsiam.module import SiameseModule
 from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
 from xsiam.sharding import ShardedStrategy, load_weights
+from xsiam.teacher import Teacher
 
 __all__ = ["TrainingResult", "run_training"]
 
@@ -156,8 +158,11 @@ def run_training(config: TrainConfig) -> TrainingResult:
     """
     output = Path(config.output_dir).expanduser()
     check_accelerator(config.trainer.accelerator, "trainer.accelerator")
+    if config.lora.enabled:
+        _check_lora(config)
     resume = resume_path(config, output)
     get_objective(config.objective.name, **_options(config.objective))
+    matryoshka_of(config.objective.dims, config.objective.dim_weights)
     seed_everything(config.seed, workers=True, verbose=False)
     with _quiet(), Interruption() as interruption:
         module = build_module(config)
@@ -167,11 +172,23 @@ def run_training(config: TrainConfig) -> TrainingResult:
         return run.execute(resume)
 
 
+def _check_lora(config: TrainConfig) -> None:
+    """Refuse adapters where they cannot be trained."""
+    check_peft()
+    if config.trainer.strategy == FSDP:
+        raise InputError(
+            "Expected `trainer.strategy` to be auto or ddp where `lora.enabled=true`, but got "
+            f"{FSDP!r}: adapters are merged into whole weights, and leave little to share out. "
+            "Set `trainer.strategy=ddp`, or `lora.enabled=false`."
+        )
+
+
 def build_module(config: TrainConfig) -> SiameseModule:
     """Return the module that is trained.
 
     Raises:
-        InputError: If a setting of model, objective or optimiser does not meet its constraint.
+        InputError: If a setting of model, adapters, objective or optimiser does not meet its
+            constraint.
         ModelError: If the model cannot be loaded or used.
     """
     model = config.model
@@ -190,6 +207,10 @@ def build_module(config: TrainConfig) -> SiameseModule:
     )
     for role in (model.role_a, model.role_b):
         encoder.check_role(role)
+    if config.lora.enabled:
+        settings = to_dict(config.lora)
+        del settings["enabled"]
+        add_lora(encoder, **settings)
     optimizer = config.optimizer
     return SiameseModule(
         encoder,
@@ -205,6 +226,8 @@ def build_module(config: TrainConfig) -> SiameseModule:
         layer_decay=optimizer.layer_decay,
         freeze_layers=model.freeze_layers,
         activation_checkpointing=config.trainer.activation_checkpointing,
+        dims=config.objective.dims,
+        dim_weights=config.objective.dim_weights,
     )
 
 
@@ -214,7 +237,7 @@ def _options(objective: ObjectiveConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if value is not None and key not in ("name", "chunk_size")
+        if value is not None and key not in ("name", "chunk_size", "dims", "dim_weights")
     }
 
 
@@ -234,10 +257,34 @@ def build_data(config: TrainConfig, module: SiameseModule) -> PairDataModule:
         negatives=module.objective.negatives,
         in_batch=module.objective.in_batch,
         expected_range=module.objective.label_range,
+        teacher=build_teacher(config, module) if module.objective.needs_teacher else None,
     )
     pairs.pairs("train")
     pairs.setup("fit")
     return pairs
+
+
+def build_teacher(config: TrainConfig, module: SiameseModule) -> Teacher:
+    """Return the teacher of a run, whose embeddings are kept in its folder.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    model, other = config.model, config.objective.teacher
+    return Teacher(
+        other or model.name,
+        Path(config.output_dir).expanduser() / "teacher.safetensors",
+        similarity=module.encoder.similarity,
+        # Another model has a prompt and a window of its own.
+        prompt=None if other else model.prompt,
+        max_length=None if other else model.max_length,
+        progress=_shows_progress(config.trainer),
+    )
+
+
+def _shows_progress(config: TrainerConfig) -> bool:
+    """Return whether progress is shown; in a file or a pipe it is noise."""
+    return config.progress_bar and sys.stdout.isatty()
 
 
 class _Run:
@@ -254,6 +301,7 @@ class _Run:
         self.config = config
         self.output = output
         self.module = module
+        self.trained: dict[str, Any] = {}
         self.data = ResumableData(data)
         self.validates = validates(config, data)
         self.checkpoints = output / "checkpoints"
@@ -291,13 +339,15 @@ class _Run:
         if trainer.is_global_zero:
             save_config(self.config, self.output / "config.yaml")
         self._fit(resume)
+        self.trained = _trained(self.module.encoder)
         best = self._load_best()
         metrics = self._metrics(best)
         if trainer.is_global_zero:
             encoder = self._whole_encoder()
-            encoder.save_pretrained(self.output / "export")
+            facts = self._facts(encoder)
+            export_encoder(encoder, self.output / "export", {"metrics": metrics, **facts})
             self._log_hyperparameters(metrics, best["global_step"])
-            write_results(self.output / "results.json", metrics, self._facts(encoder))
+            write_results(self.output / "results.json", metrics, facts)
         trainer.strategy.barrier("results")
         return TrainingResult(
             best_checkpoint=self.checkpoints / "best.ckpt",
@@ -313,7 +363,7 @@ class _Run:
         """Return the callbacks; the order matters, since checkpoints hold what came before."""
         config = self.config
         callbacks: list[Callback] = [SeededSteps(config.seed), LearningRateMonitor("step")]
-        if config.trainer.progress_bar and sys.stdout.isatty():
+        if _shows_progress(config.trainer):
             callbacks.append(RichProgressBar())
         if self.validates:
             monitor = self.best.monitor
@@ -348,7 +398,10 @@ class _Run:
             raise SystemExit(INTERRUPTED) from None
 
     def _load_best(self) -> dict[str, Any]:
-        """Load the best weights into the module, and return the checkpoint that they are in."""
+        """Load the best weights into the module, and return the checkpoint that they are in.
+
+        Adapters are merged: what is tested is what is exported.
+        """
         best = self.checkpoints / "best.ckpt"
         recorded = self.best.best_model_path if self.validates else ""
         if self.trainer.is_global_zero:
@@ -360,6 +413,7 @@ class _Run:
         self.trainer.strategy.barrier("best")
         checkpoint = read_checkpoint(best)
         load_weights(self.module, checkpoint["state_dict"])
+        merge_adapters(self.module.encoder.model)
         return checkpoint
 
     def _whole_encoder(self) -> SiameseEncoder:
@@ -390,7 +444,7 @@ class _Run:
         self.tensorboard.finalize("success")
 
     def _facts(self, encoder: SiameseEncoder) -> dict[str, Any]:
-        trainer = self.trainer
+        trainer, teacher = self.trainer, self.data.data.teacher
         score = self.best.best_model_score
         return {
             **run_facts(),
@@ -402,7 +456,11 @@ class _Run:
                 "fingerprint": encoder.model_fingerprint,
                 "n_layers": encoder.n_layers,
                 "embedding_dim": encoder.embedding_dim,
+                "parameters": sum(p.numel() for p in encoder.parameters()),
+                **self.trained,
             },
+            "teacher": None if teacher is None else teacher.facts(),
+            "data": self.data.data.facts(),
             "processes": trainer.world_size,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -414,6 +472,15 @@ class _Run:
             "history": self.history.validations,
             "undefined": dict(self.module.undefined),
         }
+
+
+def _trained(encoder: SiameseEncoder) -> dict[str, Any]:
+    """Return how many numbers were trained, and by which adapters."""
+    lora = lora_settings(encoder.model)
+    return {
+        "trained_parameters": sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        "lora": None if lora is None else asdict(lora),
+    }
 
 
 def _build_trainer(

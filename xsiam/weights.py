@@ -56,6 +56,8 @@ class WeightsWatch:
         key = self.key()
         if self._fingerprint is None or self._fingerprint[0] != key:
             digest = hashlib.sha256()
+            if adapters := self._adapters():
+                digest.update(repr(adapters).encode())  # the same weights, used otherwise
             for name, tensor in sorted(self._module.state_dict().items()):
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -80,9 +82,15 @@ class WeightsWatch:
         return self._ramps[key]
 
     def _adapters(self) -> Hashable:
-        """Return which adapters (peft) act on which modules: switching them changes no weight."""
+        """Return which adapters (peft) act on which modules, and how: this changes no weight."""
         return tuple(
-            (name, str(active), bool(getattr(module, "disable_adapters", False)))
+            (
+                name,
+                str(active),
+                bool(getattr(module, "disable_adapters", False)),
+                str(getattr(module, "merged_adapters", [])),
+                str(getattr(module, "scaling", {})),
+            )
             for name, module in self._module.named_modules()
             if (active := getattr(module, "active_adapters", None)) is not None
             and not callable(active)

@@ -32,6 +32,7 @@ class EmbeddedBatch:
             [n, 2 + columns].
         own: Rows that this process has embedded; None for all.
         n_processes: Number of processes whose rows are here.
+        teacher: A teacher's embeddings of a and b, [n, 2, K'], whose products are its scores.
     """
 
     a: Tensor
@@ -41,6 +42,7 @@ class EmbeddedBatch:
     text_ids: Tensor | None = None
     own: slice | None = None
     n_processes: int = 1
+    teacher: Tensor | None = None
 
     @property
     def rows(self) -> slice:
@@ -60,7 +62,10 @@ class AbstractObjective(ABC):
 
     Attributes:
         name: The registered name, value of ``objective.name``.
-        needs_label: Whether every training pair must have a label. Where False, none may have one.
+        needs_label: Whether every training pair must have a label. Where False, none may have one,
+            but for an objective with a teacher, which leaves labels unread.
+        needs_teacher: Whether batches must hold a teacher's embeddings (`xsiam.teacher`). One
+            column of texts then makes pairs.
         label_range: Lowest and highest label that the objective can take, both included.
         negatives: Whether columns of hard negatives are "required", "optional" or "forbidden".
         in_batch: Whether pairs of a batch are compared with each other.
@@ -73,6 +78,7 @@ class AbstractObjective(ABC):
 
     name: ClassVar[str]
     needs_label: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
     label_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     negatives: ClassVar[Literal["required", "optional", "forbidden"]] = "forbidden"
     in_batch: ClassVar[bool] = False

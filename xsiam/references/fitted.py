@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from xsiam.errors import ConvergenceWarning, InputError
 from xsiam.jacobian import exact_numerics
 from xsiam.references.base import register_reference
-from xsiam.references.descent import Minimum, minimise_in_ball
+from xsiam.references.descent import minimise_in_ball
 from xsiam.references.solutions import read_vectors, vectors_file, write_vectors
 from xsiam.references.uniform import UniformReference, VectorReference, features_of_length
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 # paths harder to integrate.
 MAX_NORM = 1.0
 N_STARTS = 4
-MAX_ITERATIONS = 400
-_FIRST_LOOK = 4  # every start gets this part of the iterations, then the best one all of them
+MAX_ITERATIONS = 700
+_FIRST_LOOK = 0.12  # every start gets this share of the steps, then the best one goes on alone
 _CANDIDATES = 512  # tokens of the vocabulary that are looked at for starts
 _MOST_PAIRS = 2000
 _NEGLIGIBLE = 1e-5  # |e(c)| of this share of a text's needs no improvement
@@ -280,7 +280,7 @@ def fit_vector(
     options = options or FitOptions()
     begin = time.perf_counter()
     UniformReference().check(split, features)
-    n_searches = options.n_starts / _FIRST_LOOK + 1 + (embeddings is not None)
+    n_searches = 1 + (embeddings is not None)
     with (
         exact_numerics(features["input_ids"].device),
         evaluation_mode(split.model),
@@ -289,13 +289,27 @@ def fit_vector(
         token = _OneToken(split, features)
         scale = float(split.embed(features)[0].norm())
         radius = options.max_norm * float(token.pad.norm())
-        best, iterations = _smallest(token, options, radius, scale, tell)
-        difference = None
+        n_steps = options.max_iterations
+        best = minimise_in_ball(
+            token.squares,
+            token.starts(options.n_starts, radius, options.seed),
+            radius,
+            n_steps,
+            first_look=math.ceil(_FIRST_LOOK * n_steps),
+            on_step=tell,
+            target=(_NEGLIGIBLE * scale) ** 2,
+            negligible=_SETTLED_SHARE * scale,
+        )
+        difference, iterations = None, best.iterations
         if embeddings is not None:
             scores = _Scores(token, embeddings, is_cosine, options.seed)
-            n_steps = options.max_iterations
             best = minimise_in_ball(
-                scores.mean_square, best.x, radius, n_steps, tell, negligible=_SETTLED_SCORE
+                scores.mean_squares,
+                best.x[None],
+                radius,
+                n_steps,
+                on_step=tell,
+                negligible=_SETTLED_SCORE,
             )
             iterations += best.iterations
             difference = math.sqrt(best.value)
@@ -318,27 +332,6 @@ def fit_vector(
     )
     _warn_unconverged(report, options.max_iterations)
     return FittedReference(best.x, report)
-
-
-def _smallest(
-    token: _OneToken,
-    options: FitOptions,
-    radius: float,
-    scale: float,
-    tell: Callable[[float], None],
-) -> tuple[Minimum, int]:
-    """Return the vector of smallest |e| that the most promising start leads to, and all steps."""
-    few = math.ceil(options.max_iterations / _FIRST_LOOK)
-    target = (_NEGLIGIBLE * scale) ** 2
-    looks = [
-        minimise_in_ball(token.square, start, radius, few, tell, target)
-        for start in token.starts(options.n_starts, radius, options.seed)
-    ]
-    start = min(looks, key=lambda look: look.value).x
-    little = _SETTLED_SHARE * scale
-    n_steps = options.max_iterations
-    best = minimise_in_ball(token.square, start, radius, n_steps, tell, target, little)
-    return best, best.iterations + sum(look.iterations for look in looks)
 
 
 class _OneToken:
@@ -367,12 +360,12 @@ class _OneToken:
         embeddings: Tensor = self.split.tail(repeated, 0, hidden).double().cpu()
         return embeddings
 
-    def square(self, c: Tensor) -> Tensor:
-        """Return |e(c)|²."""
-        return self.embedding(c).square().sum()
+    def squares(self, vectors: Tensor) -> Tensor:
+        """Return |e|² of each of several vectors, [n, D] to [n]."""
+        return self.embeddings(vectors).square().sum(1)
 
-    def starts(self, n_starts: int, max_norm: float, seed: int) -> list[Tensor]:
-        """Return the embedding of PAD and those tokens of a sample whose |e| is smallest."""
+    def starts(self, n_starts: int, max_norm: float, seed: int) -> Tensor:
+        """Return the embedding of PAD and of those sampled tokens whose |e| is smallest, [n, D]."""
         table = self.split.model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(table), generator=generator)[:_CANDIDATES]
@@ -385,7 +378,7 @@ class _OneToken:
             [self.embeddings(some).norm(dim=1) for some in torch.split(found, _CANDIDATES_AT_ONCE)]
         )
         order = sizes.argsort(stable=True)[: n_starts - 1]
-        return [_inside(self.pad[None], max_norm)[0], *found[order]]
+        return torch.cat([_inside(self.pad[None], max_norm), found[order]])
 
     def _repeated(self, n: int) -> Features:
         """Return features of n single tokens."""
@@ -404,17 +397,18 @@ class _Scores:
         generator = torch.Generator().manual_seed(seed)
         kept = torch.randperm(len(i), generator=generator)[:_MOST_PAIRS]
         self._a, self._b = embeddings[i[kept]], embeddings[j[kept]]
-        self._own = self._scores(torch.zeros_like(embeddings[0]))
+        self._own = self._scores(torch.zeros_like(embeddings[:1]))
 
-    def mean_square(self, c: Tensor) -> Tensor:
-        """Return the mean square of the differences."""
-        return (self._scores(self._token.embedding(c)) - self._own).square().mean()
+    def mean_squares(self, vectors: Tensor) -> Tensor:
+        """Return the mean square of the differences with each of several vectors, [n, D] to [n]."""
+        return (self._scores(self._token.embeddings(vectors)) - self._own).square().mean(1)
 
-    def _scores(self, shift: Tensor) -> Tensor:
-        a, b = self._a - shift, self._b - shift
+    def _scores(self, shifts: Tensor) -> Tensor:
+        """Return the scores of all pairs with each shift, [n, K] to [n, pairs]."""
+        a, b = self._a - shifts[:, None], self._b - shifts[:, None]
         if self._is_cosine:
-            a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
-        return (a * b).sum(1)
+            a, b = a / a.norm(dim=2, keepdim=True), b / b.norm(dim=2, keepdim=True)
+        return (a * b).sum(2)
 
 
 def _inside(vectors: Tensor, max_norm: float) -> Tensor:
