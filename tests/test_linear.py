@@ -9,6 +9,8 @@ from torch import nn
 
 from xsiam import SiameseEncoder
 from xsiam import linear as module
+from xsiam.block import PostNormBlock
+from xsiam.feed_forward import FeedForwardPoint
 from xsiam.linear import FastLinear, linear, rounded_products
 
 
@@ -52,9 +54,13 @@ def test_gradients_pass_by() -> None:
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 4))
 
 
-def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(monkeypatch) -> None:
+@pytest.fixture
+def rounds_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ONEDNN", module._ONEDNN or torch.ops.mkldnn._linear_pointwise)
     monkeypatch.setattr(module, "_ROUNDS_HERE", True)
+
+
+def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(rounds_here) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(300, 64, generator=generator), torch.randn(40, 64, generator=generator)
     exact = x.double() @ weight.double().mT
@@ -68,3 +74,42 @@ def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(monkeypatch) ->
     assert (rounded - exact).norm() > 1e-3 * exact.norm()
     for plain, wanted in ((few, exact[:8]), (linear(x, weight), exact)):
         assert torch.allclose(plain.double(), wanted, atol=1e-4)
+
+
+def test_what_stays_rounded_is_the_factor_of_the_next_product(rounds_here) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, first, second = (
+        torch.randn(size, generator=generator) for size in ((300, 64), (40, 64), (50, 40))
+    )
+    with rounded_products():
+        inner = linear(x, first, stays_rounded=True)
+        assert torch.equal(linear(inner, second), linear(linear(x, first), second))
+        few = linear(x[:8], first, stays_rounded=True)
+    assert inner.dtype == torch.bfloat16
+    assert few.dtype == linear(x, first, stays_rounded=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["push", "push_pooled", "pull"])
+def test_a_feed_forward_part_is_rounded_as_a_whole(rounds_here, way: str) -> None:
+    """Its tangents stay rounded between the projections, and move by what rounding does."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(32, 32), nn.Linear(32, 128), nn.Linear(128, 32)]
+    square, up, down = (layer.requires_grad_(False) for layer in linears)
+    norms = (nn.LayerNorm(32).requires_grad_(False), nn.LayerNorm(32).requires_grad_(False))
+    block = PostNormBlock(
+        square, square, square, square, norms[0], up, nn.GELU(), down, norms[1], n_heads=4
+    )
+    point = FeedForwardPoint(block, torch.randn(4, 10, 32), None)
+    tangents = torch.randn(4, 10, 10, 32)
+
+    def pushed() -> torch.Tensor:
+        if way == "push_pooled":
+            return point.push_pooled(tangents.clone(), torch.full((4, 10), 0.1))
+        return getattr(point, way)(tangents.clone())
+
+    exact = pushed()
+    with rounded_products():
+        rounded = pushed()
+    assert rounded.dtype == torch.float32
+    # Five factors and results of 8 bits, each off by half a unit at most.
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 5 * 2**-9

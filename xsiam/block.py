@@ -54,14 +54,16 @@ def project(projection: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, projection.weight, projection.bias)
 
 
-def push_through(projection: nn.Linear, tangents: Tensor) -> Tensor:
+def push_through(projection: nn.Linear, tangents: Tensor, *, stays_rounded: bool = False) -> Tensor:
     """Project tangents: the bias has no derivative."""
-    return linear(tangents, projection.weight)
+    return linear(tangents, projection.weight, stays_rounded=stays_rounded)
 
 
-def pull_through(projection: nn.Linear, cotangents: Tensor) -> Tensor:
+def pull_through(
+    projection: nn.Linear, cotangents: Tensor, *, stays_rounded: bool = False
+) -> Tensor:
     """Pull cotangents back through a projection: [..., out] to [..., in]."""
-    return linear(cotangents, projection.weight.mT)
+    return linear(cotangents, projection.weight.mT, stays_rounded=stays_rounded)
 
 
 def batched_linear(x: Tensor, weights: Tensor) -> Tensor:

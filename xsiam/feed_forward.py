@@ -69,7 +69,8 @@ class FeedForwardPoint:
     def push(self, tangents: Tensor) -> Tensor:
         """Push [n, S, T, D] through, in place."""
         tangents = self.norm_1.push_(tangents)
-        inner = push_through(self.block.up, tangents).mul_(self.slope[:, :, None])
+        inner = push_through(self.block.up, tangents, stays_rounded=True)
+        inner.mul_(self.slope[:, :, None].to(inner.dtype))
         tangents += push_through(self.block.down, inner)
         return self.norm_2.push_(tangents)
 
@@ -77,7 +78,8 @@ class FeedForwardPoint:
         """Pull [n, S, C, D] back, in place."""
         block = self.block
         cotangents = self.norm_2.pull_(cotangents)
-        inner = pull_through(block.down, cotangents).mul_(self.slope[:, :, None])
+        inner = pull_through(block.down, cotangents, stays_rounded=True)
+        inner.mul_(self.slope[:, :, None].to(inner.dtype))
         cotangents += pull_through(block.up, inner)
         return self.norm_1.pull_(cotangents)
 
@@ -87,10 +89,10 @@ class FeedForwardPoint:
         tangents = self.norm_1.push_(tangents)
         weights = pooling[..., None] * self.norm_2.inverse  # [n, R, 1]
         shares = (tangents @ self.along[..., None])[..., 0]
-        inner = push_through(block.up, tangents)
-        inner.mul_((self.slope * weights)[:, :, None])
+        inner = push_through(block.up, tangents, stays_rounded=True)
+        inner.mul_((self.slope * weights)[:, :, None].to(inner.dtype))
         total = unflatten(weights.mT @ tangents.flatten(2), 2, (n_tangents, -1))[:, 0]
-        return self.pool(total, inner.sum(1), shares * weights)
+        return self.pool(total, inner.sum(1, dtype=total.dtype), shares * weights)
 
     @cached_property
     def along(self) -> Tensor:

@@ -23,20 +23,25 @@ from torch.overrides import TorchFunctionMode
 _Kernel = Callable[[Tensor, Tensor, Tensor | None, str, list[Any], str], Tensor]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stays_rounded: bool = False
+) -> Tensor:
     """Return x Wᵀ + b for plain tensors, [..., in] to [..., out]; it has no derivative.
 
     Args:
-        x: Any shape [..., in].
+        x: Any shape [..., in]; bfloat16 beside a float32 weight where an earlier result stayed so.
         weight: W, [out, in], contiguous or the transpose of what is: other strides are slow.
         bias: b, [out].
+        stays_rounded: Whether the result may be bfloat16 where factors are rounded: it is rounded
+            again as the factor of the next product, and widening it between takes longer.
     """
     kernel = _ONEDNN
+    if x.dtype != weight.dtype or _rounds(x):
+        rounded = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
+        product = nn.functional.linear(*rounded)
+        return product if stays_rounded else product.float()
     if kernel is None or x.dtype != torch.float32 or x.device.type != "cpu":
         return nn.functional.linear(x, weight, bias)
-    if _ROUNDS_HERE and _is_rounding() and x.numel() >= _ROWS_TO_ROUND * x.shape[-1]:
-        rounded = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
-        return nn.functional.linear(*rounded).float()
     return kernel(x.contiguous(), weight, bias, "none", [], "")
 
 
@@ -75,6 +80,18 @@ def rounded_products() -> Iterator[None]:
 
 def _is_rounding() -> bool:
     return torch.get_float32_matmul_precision() == "medium"
+
+
+def _rounds(x: Tensor) -> bool:
+    """Whether the factors of a product with x are rounded here instead of by oneDNN."""
+    return (
+        _ROUNDS_HERE
+        and _ONEDNN is not None
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= _ROWS_TO_ROUND * x.shape[-1]
+        and _is_rounding()
+    )
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:

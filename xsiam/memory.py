@@ -14,8 +14,8 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # Beyond this a larger evaluation is no faster: the matrix products are large enough.
 _DEFAULT_LIMIT = 512 * 2**20
-# On a CPU an evaluation is fastest while what it touches stays in the caches: matrix products of a
-# thousand rows run at full speed already.
+# On a CPU products of a thousand rows run at full speed already: twice the size saves at most a
+# twentieth of the time.
 _CPU_WORKING_SET = 56 * 2**20
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
