@@ -53,7 +53,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_two(
-    arguments: list[str], *, die_at: str | None = None, timeout: float = 280
+    arguments: list[str],
+    *,
+    die_at: str | None = None,
+    timeout: float = 280,
+    vectors: Path | None = None,
 ) -> tuple[Ended, Ended]:
     """Run two processes to their ends, started side by side as torchrun does."""
     with socket.socket() as probe:
@@ -63,6 +67,7 @@ def run_two(
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     environment |= {} if die_at is None else {"DIE_AT": die_at}
+    environment |= {} if vectors is None else {"VECTORS": str(vectors)}
     running = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "one_run.py"), *arguments],
@@ -122,6 +127,7 @@ def test_shared_weights_are_trained_and_measured_as_whole_ones(
     """Steps as of one process with 8 pairs; metrics as of one process with the same weights."""
     more = [f"model.name={inputs / 'still'}", *CASES[case], "attribution.layers=[2]"]
     more += ["trainer.max_epochs=1", "trainer.limit_train_batches=4"]  # the last ones differ
+    more += [f"objective.teacher={inputs / 'still'}"] if "distillation" in str(more) else []
     ends = two(inputs, tmp_path / "run", *more, "trainer.strategy=fsdp")
     assert [end.code for end in ends] == [0, 0], ends
     best = tmp_path / "run" / "checkpoints" / "best.ckpt"
@@ -211,6 +217,17 @@ def test_two_gpus_share_weights_as_two_processors_do(inputs: Path, tmp_path: Pat
         found[accelerator] = json.loads((tmp_path / accelerator / "results.json").read_text())
     for key, value in found["cpu"]["metrics"].items():
         assert found["gpu"]["metrics"][key] == pytest.approx(value, abs=1e-3), key
+
+
+def test_all_processes_train_with_the_vector_of_the_first(inputs: Path, tmp_path: Path) -> None:
+    """Fits end where rounding leads them, which is not the same on every machine."""
+    more = ["model.reference=fitted", "trainer.max_steps=1", "attribution.enabled=false"]
+    ends = two(inputs, tmp_path / "run", *more, "trainer.strategy=ddp", vectors=tmp_path)
+    assert [end.code for end in ends] == [0, 0], ends
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, second)
+    best = SiameseEncoder.from_pretrained(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert torch.equal(best.reference.c, first)
 
 
 # ---------------------------------------------------------------- processes that die

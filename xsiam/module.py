@@ -20,6 +20,7 @@ from xsiam.errors import CheckpointError, InputError
 from xsiam.gathering import gather_batch, is_distributed
 from xsiam.losses import EmbeddedBatch, get_objective, matryoshka_of
 from xsiam.metrics import Anisotropy, PairCorrelation, PairMean
+from xsiam.references import VectorReference
 from xsiam.retrieval import RETRIEVAL_FIGURES, PairRetrieval
 from xsiam.sharding import ShardedStrategy, gathered, shard, whole
 
@@ -159,8 +160,13 @@ class SiameseModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Freeze lower layers and what embeddings do not depend on, and turn dropout on.
 
-        Distributed training would wait for the gradients of what embeddings do not depend on.
+        Distributed training would wait for the gradients of what embeddings do not depend on. A
+        vector that was fitted is that of the first process: fits differ by rounding, and by far
+        where they end in other minima.
         """
+        reference = self.encoder.reference
+        if isinstance(reference, VectorReference) and self.trainer.world_size > 1:
+            reference.c = self.trainer.strategy.broadcast(reference.c)
         if stage == "fit":
             freeze_lower_layers(self.encoder, self.freeze_layers)
             self.encoder.freeze_unused_parameters()
