@@ -1,4 +1,4 @@
-"""Settings for the whole suite: no network, no tokenizer threads, a cache folder of its own."""
+"""Settings for the whole suite: no network, few threads, a cache folder of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # else processes contend for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
