@@ -237,10 +237,8 @@ def measure(encoder: SiameseEncoder, options: argparse.Namespace) -> Row:
 
 def report(options: argparse.Namespace, arguments: Sequence[str], settings: Row) -> str:
     """Return what is there as Markdown."""
-    rows = [
-        json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted((options.output / "rows").glob("*.json"))
-    ]
+    files = sorted((options.output / "rows").glob("*.json"))
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if done(file, settings)]
     grouped = {m: [r for r in rows if r["method"] == m] for m in METHODS}
     lines = [lines_of(method, found, grouped[NONE]) for method, found in grouped.items() if found]
     layers = sorted({int(layer) for row in rows for layer in row["layers"]}, reverse=True)

@@ -86,6 +86,8 @@ def test_what_stays_rounded_is_the_factor_of_the_next_product(rounds_here) -> No
         assert torch.equal(linear(inner, second), linear(linear(x, first), second))
         few = linear(x[:8], first, stays_rounded=True)
     assert inner.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):  # other types that differ are a mistake, not to be rounded
+        linear(x.double(), first)
     assert few.dtype == linear(x, first, stays_rounded=True).dtype == torch.float32
 
 

@@ -36,7 +36,8 @@ def linear(
             again as the factor of the next product, and widening it between takes longer.
     """
     kernel = _ONEDNN
-    if x.dtype != weight.dtype or _rounds(x):
+    stayed = x.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    if stayed or _rounds(x):
         rounded = x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
         product = nn.functional.linear(*rounded)
         return product if stays_rounded else product.float()

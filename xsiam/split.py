@@ -226,12 +226,8 @@ class SplitModel:
             for name, module in self.model.named_modules()
             if name.rpartition(".")[2] in _POSITION_TABLES and id(module) not in inside
         ]
-        handles = [table.register_forward_hook(_zero_output) for table in tables]
-        try:
+        with _outputs_through(tables, _zero_output):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def without_padding_gradients(self) -> Iterator[None]:
@@ -241,12 +237,8 @@ class SplitModel:
         making one of the size of the whole table.
         """
         tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        handles = [table.register_forward_hook(_constant_padding) for table in tables]
-        try:
+        with _outputs_through(tables, _constant_padding):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _run_modules(self, features: Features, first: int = 0) -> Tensor:
         for module in self.modules[first:]:
@@ -557,6 +549,17 @@ def _rest_of(
     if any(value is not None and id(value) not in given for value in output[1:]):
         return None
     return tuple(None if value is None else given[id(value)] for value in output[1:])
+
+
+@contextmanager
+def _outputs_through(modules: Sequence[nn.Module], hook: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a hook replace what some modules return meanwhile."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _zero_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
