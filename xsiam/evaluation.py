@@ -7,6 +7,7 @@ the next one, and one that is repeated with other data or figures attributes not
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from xsiam.accuracy import sample_pairs
+from xsiam.analysis import Context, Plan, summary_of
+from xsiam.analysis.storage import Outcome, analysis_metrics
 from xsiam.attribution import PairAttributor
 from xsiam.checks import (
     check_accelerator,
@@ -43,6 +46,7 @@ from xsiam.layer_store import (
 from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
 from xsiam.pairs import PairDataset
+from xsiam.processes import processes
 from xsiam.report import print_evaluation
 from xsiam.tables import BUNDLED
 
@@ -70,6 +74,8 @@ class EvaluationResult:
         figures: Heat maps, by layer and then by pair.
         metrics: The flat metrics of `results.json`.
         notes: What a reader of the metrics has to know, one sentence or two each.
+        summary_path: `summary.md` of the analyses, None where none were asked for.
+        failed: Names of analyses that ended with an error, which is in the summary.
     """
 
     results_path: Path
@@ -77,6 +83,8 @@ class EvaluationResult:
     figures: tuple[Path, ...]
     metrics: dict[str, float]
     notes: tuple[str, ...]
+    summary_path: Path | None = None
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,16 +96,18 @@ class _Scores:
     own: Tensor  # of the model's similarity
 
 
-def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
-    """Score all pairs, attribute a sample of them, write the results and print a table.
+def run_evaluation(config: EvaluateConfig) -> EvaluationResult | None:
+    """Score all pairs, attribute a sample of them, make the analyses, and write it all down.
 
     Everything that can be wrong in configuration, model and data is checked before scoring begins.
+    Of the processes that torchrun starts, all share the work of the analyses, and the first does
+    the rest.
 
     Args:
         config: The evaluation, see `xsiam.config.EvaluateConfig`.
 
     Returns:
-        Where everything is, and the metrics.
+        Where everything is, and the metrics; None in all processes but the first.
 
     Raises:
         InputError: If the configuration or the data do not meet a constraint.
@@ -106,15 +116,27 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
     Warns:
         TruncationWarning: If a text is longer than the model's window.
     """
-    output = Path(config.output_dir).expanduser()
-    check_evaluation_output(output)
-    encoder = _build_encoder(config, _device(config))
-    notes: list[str] = []
-    layers = _layers(config, encoder, notes)
-    pairs = _load_pairs(config, encoder, notes)
-    prepare_evaluation_output(output)
-    save_config(config, output / "config.yaml")
-    return _Evaluation(config, output, encoder, pairs, layers, notes).execute()
+    with processes() as group:
+        output = Path(config.output_dir).expanduser()
+        check_evaluation_output(output)
+        device = _device(config)
+        encoder = _build_encoder(config, config.checkpoint, device)
+        notes: list[str] = []
+        layers = _layers(config, encoder, notes)
+        pairs = _load_pairs(config, encoder, notes)
+        plan = _plan(config, output, encoder, pairs, layers, device)
+        if group.first:
+            prepare_evaluation_output(output)
+            save_config(config, output / "config.yaml")
+        group.wait()
+        evaluation = _Evaluation(config, output, encoder, pairs, layers, notes)
+        if not group.first:
+            if plan is not None:
+                plan.run(group)
+            return None
+        evaluation.measure()
+        outcomes = [] if plan is None else plan.run(group)
+        return evaluation.finish(outcomes, [] if plan is None else plan.context.notes)
 
 
 class _Evaluation:
@@ -152,10 +174,10 @@ class _Evaluation:
             notes=notes,
         )
 
-    def execute(self) -> EvaluationResult:
-        """Score, attribute, write, print."""
-        start = time.monotonic()
-        scores = self._score()
+    def measure(self) -> None:
+        """Score and attribute."""
+        self.start = time.monotonic()
+        scores = self.scores = self._score()
         metrics = self._correlations(scores)
         results: dict[int, LayerResults] = {}
         for layer in self.layers:
@@ -167,9 +189,17 @@ class _Evaluation:
             results[layer] = found
             self.notes += found.notes
             metrics |= layer_metrics(layer, found)
+        self.metrics, self.results = metrics, results
+
+    def finish(
+        self, outcomes: Sequence[Outcome], analysis_notes: Sequence[str]
+    ) -> EvaluationResult:
+        """Write what was measured and what analyses found, and print it."""
+        scores, results = self.scores, self.results
+        metrics = dict(self.metrics)
         for key in sorted(metrics.keys() - finite(metrics).keys()):
             self.notes.append(f"`{key}` is {metrics[key]}; it is left out.")
-        metrics = finite(metrics)
+        metrics = finite(metrics) | analysis_metrics(outcomes)
         pairs_path = self.output / "pairs.parquet"
         write_parquet(pairs_path, self._pair_table(scores, results))
         if results:
@@ -179,12 +209,24 @@ class _Evaluation:
         facts = {
             "notes": self.notes,
             "categories": categories,
-            "duration_seconds": time.monotonic() - start,
+            "duration_seconds": time.monotonic() - self.start,
             **self._facts(),
         }
+        summary_path = None
+        if outcomes:
+            facts["analyses"] = {outcome.name: outcome.facts() for outcome in outcomes}
+            summary_path = self.output / "summary.md"
+            head = self._head()
+            summary_path.write_text(summary_of(outcomes, head, analysis_notes), encoding="utf-8")
         write_results(self.output / "results.json", metrics, facts)
         result = EvaluationResult(
-            self.output / "results.json", pairs_path, figures, metrics, tuple(self.notes)
+            self.output / "results.json",
+            pairs_path,
+            figures,
+            metrics,
+            tuple(self.notes),
+            summary_path,
+            tuple(o.name for o in outcomes if o.status == "failed"),
         )
         print_evaluation(
             metrics,
@@ -355,6 +397,20 @@ class _Evaluation:
                 table[category]["label_mean"] = sum(labels) / len(labels)
         return table
 
+    def _head(self) -> dict[str, Any]:
+        """Return the first lines of the summary."""
+        facts, config, encoder = run_facts(), self.config, self.encoder
+        shifted = f"shifted by `{encoder.reference_label}`" if encoder.shift else "not shifted"
+        versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
+        return {
+            "command": f"`{shlex.join(['python', 'evaluate.py', *facts['command'][1:]])}`",
+            "model": f"`{config.checkpoint}`, {encoder.similarity}, {shifted}",
+            "pairs": f"{min(config.analysis.n_pairs, len(self.pairs))} of {len(self.pairs)} of "
+            f"{self.pairs.name}",
+            "machine": f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads",
+            "versions": versions,
+        }
+
     def _facts(self) -> dict[str, Any]:
         encoder = self.encoder
         return {
@@ -409,14 +465,16 @@ def _device(config: EvaluateConfig) -> torch.device:
     return torch.device(names[kind])
 
 
-def _build_encoder(config: EvaluateConfig, device: torch.device) -> SiameseEncoder:
-    """Load the checkpoint's encoder with what the configuration replaces."""
-    settings = asdict(config.model)
+def _build_encoder(
+    config: EvaluateConfig, checkpoint: str, device: torch.device, **replaced: Any
+) -> SiameseEncoder:
+    """Load a model with what the configuration, and the caller, replace of its settings."""
+    settings = asdict(config.model) | replaced
     roles = [settings.pop(name) for name in ("role_a", "role_b")]
     prompt = settings.pop("prompt")
     named = {} if prompt is None else {"default": prompt}
     encoder = SiameseEncoder.from_pretrained(
-        config.checkpoint,
+        checkpoint,
         **settings,
         prompts=named or None,
         default_prompt_name="default" if named else None,
@@ -425,6 +483,45 @@ def _build_encoder(config: EvaluateConfig, device: torch.device) -> SiameseEncod
     for role in roles:
         encoder.check_role(role)
     return encoder
+
+
+def _plan(
+    config: EvaluateConfig,
+    output: Path,
+    encoder: SiameseEncoder,
+    pairs: PairDataset,
+    layers: Sequence[int],
+    device: torch.device,
+) -> Plan | None:
+    """Return the analyses that are wanted, with all that they need checked; None without any."""
+    wanted = config.analysis
+    if not wanted.names:
+        return None
+    chosen = list(wanted.layers or layers)
+    if not chosen:
+        raise InputError(
+            "Expected layers for the analyses, but `attribution.enabled` is false and "
+            "`analysis.layers` names none. Set `analysis.layers`."
+        )
+    for layer in chosen:
+        encoder.check_layer(layer, key="analysis.layers")
+
+    def load(checkpoint: str, reference: str | None) -> SiameseEncoder:
+        own = {"shift": None, "reference": reference, "similarity": encoder.similarity}
+        return _build_encoder(config, checkpoint, device, **own)
+
+    context = Context(
+        settings=wanted,
+        encoder=encoder,
+        pairs=pairs.select(sample_pairs(len(pairs), wanted.n_pairs, wanted.seed)),
+        layers=tuple(sorted(set(chosen), reverse=True)),
+        folder=output / "analysis" / "token_vectors",
+        attributor_settings=attributor_settings(config.attribution),
+        load=load,
+        roles=(config.model.role_a, config.model.role_b),
+        progress=config.progress_bar and sys.stdout.isatty(),
+    )
+    return Plan(wanted.names, context, output / "analysis")
 
 
 def _layers(config: EvaluateConfig, encoder: SiameseEncoder, notes: list[str]) -> list[int]:
@@ -507,4 +604,8 @@ def _closing_lines(result: EvaluationResult) -> list[str]:
     lines += [f"results: {result.results_path}", f"pairs: {result.pairs_path}"]
     if result.figures:
         lines.append(f"heat maps: {result.figures[0].parent}")
+    if result.summary_path is not None:
+        lines.append(f"analyses: {result.summary_path}")
+    if result.failed:
+        lines.append(f"FAILED: {', '.join(result.failed)}; the summary says why")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -186,3 +187,62 @@ def _lay_out(figure: Figure) -> None:
 def _ignore_missing_glyphs() -> None:
     # A token in a script that the font lacks is drawn as a box; the picture is right all the same.
     warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
+
+
+def curves_figure(
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """Draw curves with intervals.
+
+    Args:
+        lines: Points (x, estimate, low, high) by name, in the order of x.
+        x_label: Name of x, with its unit.
+        y_label: Name of the estimates.
+        log_x: Whether x is on a logarithmic scale.
+        log_y: Whether the estimates are.
+    """
+    figure, axes = new_figure((7.0, 4.5))
+    for name, points in lines.items():
+        x, y, low, high = zip(*points, strict=True)
+        (line,) = axes.plot(x, y, marker=".", label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def intervals_figure(
+    bars: Mapping[str, tuple[float, float, float]], x_label: str, *, at: float | None = 0.0
+) -> Figure:
+    """Draw named estimates with intervals, from top to bottom.
+
+    Args:
+        bars: (estimate, low, high) by name.
+        x_label: What is estimated, with its unit.
+        at: Where to draw a line for comparison; None draws none.
+    """
+    figure, axes = new_figure((7.0, 0.9 + 0.32 * len(bars)))
+    for place, (estimate, low, high) in enumerate(bars.values()):
+        axes.plot([low, high], [place, place], color="tab:blue")
+        axes.plot([estimate], [place], "o", color="tab:blue", markersize=4)
+    if at is not None:
+        axes.axvline(at, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(bars)), [_printable(name) for name in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Return a figure of one set of axes that no global state knows of; size in inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

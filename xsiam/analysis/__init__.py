@@ -1,0 +1,43 @@
+"""Analyses of what a model attends to, each a small module with the same interface.
+
+An analysis says what it needs (`Needs`), asks for token vectors (`requests`), answers (`run`) and
+is drawn (`plot`). They share a `Context`: pairs, models and attributions, each text integrated
+once.
+"""
+
+from xsiam.analysis.base import (
+    ANALYSES,
+    AbstractAnalysis,
+    AnalysisResult,
+    Needs,
+    NotApplicableError,
+    ResultTable,
+    VectorRequest,
+    get_analysis,
+    register_analysis,
+)
+from xsiam.analysis.concentration import Concentration
+from xsiam.analysis.context import Context
+from xsiam.analysis.runner import Plan
+from xsiam.analysis.statistics import Finding, Interval, interval, judge
+from xsiam.analysis.summary import summary_of
+
+__all__ = [
+    "ANALYSES",
+    "AbstractAnalysis",
+    "AnalysisResult",
+    "Concentration",
+    "Context",
+    "Finding",
+    "Interval",
+    "Needs",
+    "NotApplicableError",
+    "Plan",
+    "ResultTable",
+    "VectorRequest",
+    "get_analysis",
+    "interval",
+    "judge",
+    "register_analysis",
+    "summary_of",
+]

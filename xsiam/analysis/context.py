@@ -1,0 +1,226 @@
+"""What analyses share: the pairs, the models by name, and their attributions, computed once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xsiam.analysis.base import MODEL, NotApplicableError, VectorRequest
+from xsiam.analysis.statistics import Interval, Statistic, interval
+from xsiam.attribution import PairAttributor
+from xsiam.combination import combine
+from xsiam.config import AnalysisConfig
+from xsiam.encoder import SiameseEncoder
+from xsiam.errors import ConvergenceWarning
+from xsiam.index import TokenVectorIndex
+from xsiam.index_building import describe
+from xsiam.pairs import PairDataset
+from xsiam.result import PairAttribution
+
+__all__ = ["Context"]
+
+_SHARD = 32  # texts; what an interruption costs at most
+Key = tuple[str, int, str | None]
+
+
+@dataclass
+class Context:
+    """Pairs, models and attributions of one evaluation, for all analyses.
+
+    Attributes:
+        settings: The configuration of the analyses.
+        encoder: The model that is evaluated.
+        pairs: The sample of the data that all analyses look at.
+        layers: Layers, the highest first.
+        folder: Where token vectors are kept.
+        attributor_settings: Arguments of `PairAttributor`, the same for all models.
+        roles: Roles of first and second texts.
+        load: Loads another model: its name in the configuration, and a reference or None for its
+            own.
+        progress: Whether to show progress.
+        notes: What a reader has to know is added here.
+    """
+
+    settings: AnalysisConfig
+    encoder: SiameseEncoder
+    pairs: PairDataset
+    layers: tuple[int, ...]
+    folder: Path
+    attributor_settings: Mapping[str, Any]
+    load: Callable[[str, str | None], SiameseEncoder]
+    roles: tuple[str | None, str | None] = (None, None)
+    progress: bool = False
+    notes: list[str] = field(default_factory=list)
+    _encoders: dict[str, SiameseEncoder] = field(default_factory=dict)
+    _attributors: dict[tuple[str, int], PairAttributor] = field(default_factory=dict)
+    _indices: dict[Key, TokenVectorIndex] = field(default_factory=dict)
+    _places: dict[Key, dict[str, int]] = field(default_factory=dict)
+
+    # -- models ---------------------------------------------------------------------------------
+
+    def model(self, name: str = MODEL) -> SiameseEncoder:
+        """Return a model by name, loaded when it is first asked for.
+
+        Raises:
+            NotApplicableError: If the configuration names none.
+        """
+        if name == MODEL:
+            return self.encoder
+        if name not in self._encoders:
+            kind, _, reference = name.partition("/")
+            checkpoint = getattr(self.settings.models, kind)
+            if checkpoint is None:
+                raise NotApplicableError(
+                    f"it needs the checkpoint `analysis.models.{kind}`, which was not given"
+                )
+            if not reference and kind.startswith("un"):
+                reference = "pad"  # the published approximation
+            self._encoders[name] = self.load(checkpoint, reference or None)
+        return self._encoders[name]
+
+    def attributor(self, model: str, layer: int) -> PairAttributor:
+        """Return the attributor of a model at a layer."""
+        key = (model, layer)
+        if key not in self._attributors:
+            encoder = self.model(model)
+            self._attributors[key] = PairAttributor(encoder, layer, **self.attributor_settings)
+        return self._attributors[key]
+
+    # -- attributions ---------------------------------------------------------------------------
+
+    def prepare(self, requests: Iterable[VectorRequest], rank: int, world_size: int) -> None:
+        """Integrate what is asked for; of several processes each does its share of the texts.
+
+        What is on disk already is kept; the call goes on where an earlier one was interrupted.
+        """
+        for key, texts in _joined(requests).items():
+            self._index(key, texts, rank, world_size)
+
+    def open(self, requests: Iterable[VectorRequest]) -> None:
+        """Open what all processes have prepared."""
+        for key, texts in _joined(requests).items():
+            index = self._index(key, texts, 0, 1)
+            missed = int((~index.converged).sum())
+            if missed:
+                self.notes.append(
+                    f"{missed} of {len(index)} texts did not meet the tolerance "
+                    f"{index.settings.tolerance:g} with `{key[0]}` at layer {key[1]}."
+                )
+            self._indices[key] = index
+            self._places[key] = {text: i for i, text in enumerate(texts)}
+
+    def attributions(
+        self, model: str, layer: int, texts_a: Sequence[str], texts_b: Sequence[str]
+    ) -> list[PairAttribution]:
+        """Return the attributions of pairs whose texts were requested."""
+        (index_a, places_a), (index_b, places_b) = (
+            self._opened((model, layer, role)) for role in self.roles
+        )
+        if index_a is index_b:
+            return [
+                index_a.attribute(places_a[a], places_a[b])
+                for a, b in zip(texts_a, texts_b, strict=True)
+            ]
+        return [
+            combine(
+                index_a.token_vectors(places_a[a]),
+                index_b.token_vectors(places_b[b]),
+                index_a.settings,
+            )
+            for a, b in zip(texts_a, texts_b, strict=True)
+        ]
+
+    def requests(
+        self,
+        models: Sequence[str],
+        texts_a: Sequence[str],
+        texts_b: Sequence[str],
+        layers: Sequence[int] | None = None,
+    ) -> list[VectorRequest]:
+        """Return the requests for pairs of texts, at all layers if none are named."""
+        return [
+            VectorRequest(model, layer, tuple(texts), role)
+            for model in models
+            for layer in (self.layers if layers is None else layers)
+            for texts, role in zip((texts_a, texts_b), self.roles, strict=True)
+        ]
+
+    def pair_requests(
+        self, models: Sequence[str] = (MODEL,), layers: Sequence[int] | None = None
+    ) -> list[VectorRequest]:
+        """Return the requests for the sampled pairs."""
+        return self.requests(models, self.pairs.texts_a, self.pairs.texts_b, layers)
+
+    def pair_attributions(self, model: str, layer: int) -> list[PairAttribution]:
+        """Return the attributions of the sampled pairs, in their order."""
+        return self.attributions(model, layer, self.pairs.texts_a, self.pairs.texts_b)
+
+    def _opened(self, key: Key) -> tuple[TokenVectorIndex, dict[str, int]]:
+        if key not in self._indices:
+            raise RuntimeError(
+                f"Expected token vectors of {key} to be requested before they are read."
+            )
+        return self._indices[key], self._places[key]
+
+    def _index(
+        self, key: Key, texts: Sequence[str], rank: int, world_size: int
+    ) -> TokenVectorIndex:
+        attributor = self.attributor(*key[:2])
+        manifest = describe(attributor, texts, key[2], "float32", _SHARD)
+        name = f"{key[0].replace('/', '-')}-layer_{key[1]}-{manifest.key()[:12]}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # noted when it is opened
+            return TokenVectorIndex.build(
+                attributor,
+                texts,
+                self.folder / name,
+                role=key[2],
+                dtype="float32",
+                shard_size=_SHARD,
+                rank=rank,
+                world_size=world_size,
+                progress=self.progress,
+            )
+
+    # -- statistics -----------------------------------------------------------------------------
+
+    def interval(
+        self, values: Any, statistic: Statistic = np.mean, *, paired: bool = False
+    ) -> Interval:
+        """Return a statistic with its interval, by the configured resamples and confidence."""
+        wanted = self.settings
+        return interval(
+            values,
+            statistic,
+            paired=paired,
+            n_resamples=wanted.n_resamples,
+            confidence=wanted.confidence,
+            seed=wanted.seed,
+        )
+
+    # -- parses ---------------------------------------------------------------------------------
+
+    @cached_property
+    def parser(self) -> Any:
+        """The spaCy pipeline.
+
+        Raises:
+            NotApplicableError: If it is not installed, with the command that installs it.
+        """
+        from xsiam.analysis.parsing import load_parser
+
+        return load_parser(self.settings.spacy_model)
+
+
+def _joined(requests: Iterable[VectorRequest]) -> dict[Key, list[str]]:
+    """Return the distinct texts by model, layer and role, in an order that hangs on nothing."""
+    found: dict[Key, set[str]] = {}
+    for request in requests:
+        found.setdefault((request.model, request.layer, request.role), set()).update(request.texts)
+    return {key: sorted(texts) for key, texts in found.items()}
