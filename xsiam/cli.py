@@ -26,7 +26,9 @@ _DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user error, 130 after Ctrl-C.
+    """Run a command and return its exit code.
+
+    It is 0, 1 where an analysis has failed, 2 for a user error, 130 after Ctrl-C.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
         with _own_warnings():
-            arguments.run(arguments)
+            code: int | None = arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,7 +222,7 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"TensorBoard      tensorboard --logdir {result.tensorboard_dir}")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> int:
     from xsiam.config import EvaluateConfig, load_config
 
     files, overrides = _split_settings(arguments.settings)
@@ -229,8 +231,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     _hide_loading_bars()
     result = run_evaluation(config)
-    if result is not None and result.failed:
-        raise SystemExit(1)
+    return 1 if result is not None and result.failed else 0
 
 
 def _explain(arguments: argparse.Namespace) -> None:
