@@ -7,8 +7,7 @@ lifts one above the other is the difference of their splits: no further pass of 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, SupportsIndex
@@ -17,19 +16,15 @@ import torch
 from torch import Tensor
 
 from xsiam.attribution import PairAttributor
+from xsiam.collection import AUTO, Collection, known_ids, open_collection
 from xsiam.combination import Settings
-from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError
 from xsiam.index import TokenVectorIndex
 from xsiam.margins import Margin, ScoreSplit, margin_between, split_of
 from xsiam.reading import AttributedText, TokenVectors
 from xsiam.retrieval import TIE
-from xsiam.texts import check_texts
 
-__all__ = ["AUTO", "Comparison", "RankedDocument", "RankingExplanation", "explain_ranking"]
-
-AUTO = "auto"
-"""Stands for the role "query" or "document" where the model has a prompt for it, else for None."""
+__all__ = ["Comparison", "RankedDocument", "RankingExplanation", "explain_ranking"]
 
 RIVALS = ("below", "above", "relevant")
 """Rivals that are chosen for each document; the id of a document is the other choice."""
@@ -261,9 +256,9 @@ def explain_ranking(
         documents: Texts for an attributor. For an index ids of its texts; None is all.
         relevant: Ids of documents that should be first: places in ``documents``, or ids of the
             index. They are explained wherever they rank.
-        against: What each document is compared with: the one "below", the one "above", the best
-            "relevant" one (and that one with the strongest document that is not relevant), or the
-            document of an id. None is "relevant" where there is one, else "below".
+        against: What each document is compared with: the one "below", the one "above" (of those
+            that are explained), the best "relevant" one (and relevant ones with the strongest that
+            is not), or the document of an id. None is "relevant" where there is one, else "below".
         top_k: How many of the best are explained; None is all. Ranks count all documents.
         role_query: Role of the query; "auto" is "query" where the model has a prompt for queries.
         role_documents: Role of the documents; "auto" is "document" likewise. Those of an index
@@ -288,100 +283,11 @@ def explain_ranking(
     collection = open_collection(attributor_or_index, documents, role_query, role_documents)
     wanted = known_ids("relevant", relevant, collection.ids)
     rival = _checked_rival(against, wanted, collection.ids)
-    if top_k is not None and (isinstance(top_k, bool) or operator.index(top_k) < 1):
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise InputError(f"Expected `top_k` to be a positive number, but got {top_k!r}.")
     (read,) = collection.read_queries([query])
     kept = [*wanted, *([rival] if isinstance(rival, int) else [])]
     return _explained(collection, read, set(wanted), rival, kept, top_k)
-
-
-@dataclass(frozen=True, eq=False)
-class Collection:
-    """Documents that queries are ranked over, wherever their token vectors come from.
-
-    Attributes:
-        ids: Ids of the documents.
-        texts: The documents.
-        units: ẽ(d) / n_d, [n, K] float64, whose inner products with a query's are scores.
-        read_queries: Integrates queries.
-        read_documents: Integrates documents, or reads them; by place in ``ids``.
-        role_query: Role of queries.
-        role_documents: Role of documents.
-        settings: Returns what results have in common, once queries are read.
-    """
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    units: Tensor
-    read_queries: Callable[[Sequence[str]], list[TokenVectors]]
-    read_documents: Callable[[Sequence[int]], list[TokenVectors]]
-    role_query: str | None
-    role_documents: str | None
-    settings: Callable[[], Settings]
-
-
-def open_collection(
-    source: PairAttributor | TokenVectorIndex,
-    documents: Sequence[str] | Sequence[int] | None,
-    role_query: str | None,
-    role_documents: str | None,
-) -> Collection:
-    """Return the documents of a list of texts, or of an index.
-
-    Raises:
-        InputError: As `explain_ranking`.
-    """
-    if isinstance(source, TokenVectorIndex):
-        return _of_index(source, documents, role_query, role_documents)
-    if documents is None or isinstance(documents, str):
-        raise InputError(
-            f"Expected `documents` to be a list of texts, but got {documents!r}. Only those of an "
-            "index can be left out."
-        )
-    encoder = source.encoder
-    texts = tuple(documents)
-    check_texts(texts, "documents")  # type: ignore[arg-type]
-    _check_not_empty(texts)
-    read_as = _role(encoder, role_query, "query")
-    kept_as = _role(encoder, role_documents, "document")
-    units = encoder.encode(texts, kept_as).double().cpu()  # type: ignore[arg-type]
-    if encoder.similarity == "cos":
-        units = torch.nn.functional.normalize(units, dim=-1)
-    return Collection(
-        ids=tuple(range(len(texts))),
-        texts=texts,  # type: ignore[arg-type]
-        units=units,
-        read_queries=lambda some: source.token_vectors(some, read_as),
-        read_documents=lambda places: source.token_vectors(
-            [texts[i] for i in places],  # type: ignore[misc]
-            kept_as,
-        ),
-        role_query=read_as,
-        role_documents=kept_as,
-        settings=lambda: source.settings,
-    )
-
-
-def known_ids(
-    name: str, given: SupportsIndex | Sequence[SupportsIndex], ids: Sequence[int]
-) -> list[int]:
-    """Return distinct ids of documents, all of them checked.
-
-    Raises:
-        InputError: If one is unknown or given twice.
-    """
-    values = [given] if isinstance(given, SupportsIndex) else list(given)
-    known = set(ids)
-    for value in values:
-        number = not isinstance(value, bool) and isinstance(value, SupportsIndex)
-        if not number or operator.index(value) not in known:
-            raise InputError(
-                f"Expected `{name}` to be ids of documents, {_range(ids)}, but got {value!r}."
-            )
-    numbers = [operator.index(value) for value in values]
-    if len(set(numbers)) != len(numbers):
-        raise InputError(f"Expected `{name}` to name each document once, but got {numbers}.")
-    return numbers
 
 
 def kinds_of(text: AttributedText) -> tuple[str, ...]:
@@ -413,10 +319,12 @@ def _explained(
     best = scores.sort(descending=True, stable=True).indices[: n if top_k is None else top_k]
     place_of = {corpus_id: place for place, corpus_id in enumerate(collection.ids)}
     places = list(dict.fromkeys([*best.tolist(), *(place_of[i] for i in kept)]))
-    texts = collection.read_documents(places)
-    splits = [split_of(query, text) for text in texts]
+    parts = [
+        (text.text, kinds_of(text), split_of(query, text))
+        for text in collection.read_documents(places)
+    ]
     # Of the one forward that the splits belong to: batches of others round differently.
-    scores[places] = torch.tensor([split.score for split in splits], dtype=scores.dtype)
+    scores[places] = torch.tensor([split.score for *_, split in parts], dtype=scores.dtype)
     ranks = torch.empty(n, dtype=torch.long)
     ranks[scores.sort(descending=True, stable=True).indices] = torch.arange(1, n + 1)
     lengths = collection.units.norm(dim=1) * unit.norm()
@@ -424,13 +332,13 @@ def _explained(
         RankedDocument(
             corpus_id=collection.ids[place],
             rank=int(ranks[place]),
-            text=text.text,
+            text=text,
             relevant=collection.ids[place] in relevant,
             tied=int(((scores - scores[place]).abs() <= TIE * lengths[place]).sum()) > 1,
-            kinds=kinds_of(text),
+            kinds=kinds,
             split=split,
         )
-        for place, text, split in zip(places, texts, splits, strict=True)
+        for place, (text, kinds, split) in zip(places, parts, strict=True)
     ]
     return RankingExplanation(
         query=query.text,
@@ -443,50 +351,6 @@ def _explained(
         role_documents=collection.role_documents,
         settings=collection.settings(),
     )
-
-
-def _of_index(
-    index: TokenVectorIndex,
-    documents: Sequence[str] | Sequence[int] | None,
-    role_query: str | None,
-    role_documents: str | None,
-) -> Collection:
-    encoder, role = index.attributor.encoder, index.manifest.role
-    if role_documents not in (AUTO, role):
-        raise InputError(
-            f"Expected `role_documents` to be {role!r}, as the index was built, but got "
-            f"{role_documents!r}. Build another index, or leave it out."
-        )
-    ids: list[int] = list(range(len(index)))
-    if documents is not None:
-        if isinstance(documents, str) or any(isinstance(i, str) for i in documents):
-            raise InputError(
-                f"Expected `documents` to be ids of texts of the index, but got {documents!r}. "
-                "Give an attributor to rank other texts."
-            )
-        ids = known_ids("documents", documents, ids)  # type: ignore[arg-type]
-    _check_not_empty(ids)
-    read_as = _role(encoder, role_query, "query")
-    return Collection(
-        ids=tuple(ids),
-        texts=tuple(index.texts[i] for i in ids),
-        units=index.unit_embeddings()[ids],
-        read_queries=lambda some: [index.read_query(text, read_as) for text in some],
-        read_documents=lambda places: [index.token_vectors(ids[place]) for place in places],
-        role_query=read_as,
-        role_documents=role,
-        settings=lambda: index.query_settings,
-    )
-
-
-def _role(encoder: SiameseEncoder, role: str | None, kind: str) -> str | None:
-    """Return the role that a caller meant."""
-    if role != AUTO:
-        encoder.check_role(role)
-        return role
-    # sentence-transformers gives every model empty prompts of both names.
-    own, usual = (encoder.prompt_of(name)[0] or "" for name in (kind, None))
-    return kind if own != usual else None
 
 
 def _checked_rival(
@@ -504,17 +368,6 @@ def _checked_rival(
     if against == "relevant" and not relevant:
         raise InputError("Expected `relevant` to name a document for `against='relevant'`.")
     return against
-
-
-def _check_not_empty(documents: Sequence[Any]) -> None:
-    if not documents:
-        raise InputError("Expected `documents` to hold one document or more, but got none.")
-
-
-def _range(ids: Sequence[int]) -> str:
-    if list(ids) == list(range(len(ids))):
-        return f"0 to {len(ids) - 1}"
-    return f"among {list(ids[:10])}{' …' if len(ids) > 10 else ''}"
 
 
 def _plain(value: Any) -> Any:

@@ -175,10 +175,19 @@ def margin_tables(found: RankingExplanation, *, width: int) -> Iterator[Table]:
 
 def ranking_text(found: RankingExplanation) -> str:
     """Return a ranking as plain text."""
-    console = Console(width=_PLAIN_WIDTH, file=io.StringIO(), color_system=None, highlight=False)
-    with console.capture() as capture:
-        console.print(render_ranking(found, width=_PLAIN_WIDTH))
-    return capture.get().rstrip("\n")
+    return _plain_text(render_ranking(found, width=_PLAIN_WIDTH), _PLAIN_WIDTH)
+
+
+def rows_text(rows: Sequence[Mapping[str, object]], title: str) -> str:
+    """Return a tidy table as plain text."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in rows[0]:
+        numbers = all(isinstance(row[name], int | float) or row[name] is None for row in rows)
+        table.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        cells = [_number(v) if isinstance(v, float) or v is None else str(v) for v in row.values()]
+        table.add_row(*map(Text, cells))
+    return _plain_text(table, _PLAIN_WIDTH)
 
 
 def print_ranking(found: RankingExplanation) -> None:
@@ -234,6 +243,13 @@ def print_evaluation(
         console.print(table)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _plain_text(content: RenderableType, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _number(value: float | None) -> str:
