@@ -648,7 +648,8 @@ def test_the_analysis_says_what_the_report_says(attributor: PairAttributor, tmp_
         pytest.approx(dict(row), abs=1e-6) for row in report.figures
     ]
     for name in ("parts", "classes", "concentration", "reversal"):
-        for mine, theirs in zip(result.tables[name].rows, getattr(report, name), strict=True):
+        expected = [row for row in getattr(report, name) if name != "reversal" or row["n"]]
+        for mine, theirs in zip(result.tables[name].rows, expected, strict=True):
             assert mine["layer"] == LAYER
             for key, value in theirs.items():
                 close = pytest.approx(value, abs=1e-5) if isinstance(value, float) else value

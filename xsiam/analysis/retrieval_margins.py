@@ -93,55 +93,9 @@ class RetrievalMargins(AbstractAnalysis):
             )
             metrics[f"layer_{layer}/share_of_tokens_to_reverse"] = share
         assert report is not None
-        occurring = {name for query in report.queries for name in query.classes}
         metrics |= {row["figure"]: row["estimate"] for row in report.figures}
-        tables = {
-            "figures": ResultTable(
-                report.figures,
-                "retrieval figures, mean over queries; ties count against the model",
-                shown=True,
-            ),
-            "parts": ResultTable(
-                rows["parts"],
-                _CAPTION + "the parts of the margin by kind (score units) and their share of the "
-                "sum of absolute parts",
-            ),
-            "classes": ResultTable(
-                rows["classes"],
-                _CAPTION + "what classes of query tokens contribute (score units), their share of "
-                "the sum of absolute contributions, and of the tokens; words in 10 % of the "
-                "documents or more are `frequent`",
-            ),
-            "classes_of_all": ResultTable(
-                [
-                    row
-                    for row in rows["classes"]
-                    if row["queries"] == "all" and row["token_class"] in occurring
-                ],
-                "as `classes`, of all queries, without classes that no query has",
-                shown=True,
-            ),
-            "concentration": ResultTable(
-                rows["concentration"],
-                _CAPTION + "share of absolute contributions that the strongest query tokens hold; "
-                "`equal` is that of equal contributions",
-            ),
-            "reversal": ResultTable(
-                rows["reversal"],
-                _CAPTION + "query tokens whose contributions must be taken away to reverse the "
-                "order; where none would, all are counted",
-                shown=True,
-            ),
-            "costly_tokens": ResultTable(
-                rows["costly_tokens"],
-                "words of the queries that speak for the rival where the relevant document is "
-                "missed: sum over queries, and the worst, in score units",
-            ),
-            "misses": ResultTable(
-                rows["misses"], "queries whose relevant document is not first, the worst first"
-            ),
-        }
-        return AnalysisResult(tables, metrics, findings, _notes(context, report, len(kept)))
+        notes = _notes(context, report, len(kept))
+        return AnalysisResult(_tables(report, rows), metrics, findings, notes)
 
     def plot(self, result: AnalysisResult) -> Mapping[str, Figure]:
         """Draw the concentration over the strongest tokens, and the share of each class."""
@@ -219,7 +173,11 @@ def _findings(queries: Sequence[QueryMargin], layer: int, context: Context) -> l
     ]
     claims = (
         ("special", "Special tokens of the query decide less than their number", {"below": 0.0}),
-        ("content", "Rare words of the query decide more than their number", {"above": 0.0}),
+        (
+            "content",
+            "Words that are rare among the documents decide more than their number",
+            {"above": 0.0},
+        ),
     )
     for name, claim, side in claims:
         excess = _excess(queries, name, context)
@@ -240,6 +198,59 @@ def _excess(queries: Sequence[QueryMargin], name: str, context: Context) -> Inte
         if shares is not None and 0 < count < len(query.classes):
             values.append(shares[name] - count / len(query.classes))
     return context.interval(values) if len(values) >= SMALLEST_SAMPLE else None
+
+
+def _tables(
+    report: RankingReport, rows: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, ResultTable]:
+    """Return the tables: figures of any layer's report, and the rows of all layers."""
+    occurring = {name for query in report.queries for name in query.classes}
+    return {
+        "figures": ResultTable(
+            report.figures,
+            "retrieval figures, mean over queries; ties count against the model",
+            shown=True,
+        ),
+        "parts": ResultTable(
+            rows["parts"],
+            _CAPTION + "the parts of the margin by kind (score units) and their share of the "
+            "sum of absolute parts",
+        ),
+        "classes": ResultTable(
+            rows["classes"],
+            _CAPTION + "what classes of query tokens contribute (score units), their share of "
+            "the sum of absolute contributions, and of the tokens; words in 10 % of the "
+            "documents or more are `frequent`",
+        ),
+        "classes_of_all": ResultTable(
+            [
+                row
+                for row in rows["classes"]
+                if row["queries"] == "all" and row["token_class"] in occurring
+            ],
+            "as `classes`, of all queries, without classes that no query has",
+            shown=True,
+        ),
+        "concentration": ResultTable(
+            rows["concentration"],
+            _CAPTION + "share of absolute contributions that the strongest query tokens hold; "
+            "`equal` is that of equal contributions",
+        ),
+        "reversal": ResultTable(
+            [row for row in rows["reversal"] if row["n"]],
+            _CAPTION + "query tokens whose contributions must be taken away to reverse the "
+            "order; where none would, all are counted",
+            shown=True,
+        ),
+        "costly_tokens": ResultTable(
+            rows["costly_tokens"],
+            "words of the queries that speak for the rival where the relevant document is "
+            "missed: sum over queries, and the worst, in score units",
+        ),
+        "misses": ResultTable(
+            rows["misses"], "queries whose relevant document is not first, the worst first"
+        ),
+    }
 
 
 def _notes(context: Context, report: RankingReport, n_pairs: int) -> list[str]:
