@@ -18,6 +18,7 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
+from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
@@ -34,6 +35,7 @@ __all__ = [
     "NotApplicableError",
     "Plan",
     "ResultTable",
+    "RetrievalMargins",
     "VectorRequest",
     "get_analysis",
     "interval",

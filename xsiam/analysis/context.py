@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from xsiam.errors import ConvergenceWarning
 from xsiam.index import TokenVectorIndex
 from xsiam.index_building import describe
 from xsiam.pairs import PairDataset
+from xsiam.reading import TokenVectors
 from xsiam.result import PairAttribution
 
 __all__ = ["Context"]
@@ -135,6 +136,13 @@ class Context:
             )
             for a, b in zip(texts_a, texts_b, strict=True)
         ]
+
+    def token_vectors(
+        self, model: str, layer: int, texts: Iterable[str], role: str | None
+    ) -> Iterator[TokenVectors]:
+        """Yield the token vectors of texts that were requested in that role."""
+        index, places = self._opened((model, layer, role))
+        return (index.token_vectors(places[text]) for text in texts)
 
     def requests(
         self,
