@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from xsiam.analysis.base import (
     MITIGATED,
@@ -37,6 +37,7 @@ from xsiam.analysis.word_measures import (
     word_lines,
 )
 from xsiam.metrics import undefined_reason
+from xsiam.tables import BUNDLED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,12 +105,15 @@ class Mitigation(AbstractAnalysis):
         """Compare both models unit by unit."""
         models = self.models(context.settings)
         pairs = _pairs(context, models)
-        before, after = ({**_scores(context, m, pairs)} for m in models)
+        before, after = (_scores(context, model, pairs) for model in models)
         for layer in context.layers:
             before |= _attributions(context, models[0], layer, pairs)
             after |= _attributions(context, models[1], layer, pairs)
         changes = [_change(context, key, before[key], after[key]) for key in before]
-        notes = [f"Before: `{models[0]}`, after: `{models[1]}`.", *pairs.notes]
+        said = f"Before: `{models[0]}`, after: `{models[1]}`."
+        if context.probes.name == BUNDLED:
+            said += f" Of the bundled probes those of the {SPLIT} split are used."
+        notes = [said, *pairs.notes]
         correlation, found = _correlation(context, models)
         notes += found
         metrics = {_key(row): row["estimate"] for row in changes if row["estimate"] is not None}
@@ -256,13 +260,20 @@ def _correlation(context: Context, models: Sequence[str]) -> tuple[list[dict[str
             return [], [f"Correlations with the labels are undefined: {reason}."]
     arrays = [values.double().numpy() for values in (*scores, labels)]
     change = context.interval(arrays, _gain, paired=True)
-    before, after = (float(spearmanr(values, arrays[2]).statistic) for values in arrays[:2])
+    before, after = (float(_spearman(values, arrays[2])) for values in arrays[:2])
     return [{"before": before, "after": after, **change.row()}], []
 
 
-def _gain(before: Any, after: Any, labels: Any) -> float:
+def _gain(before: Any, after: Any, labels: Any, axis: int = -1) -> Any:
     """Return the difference of two Spearman correlations with the same labels."""
-    return float(spearmanr(after, labels).statistic - spearmanr(before, labels).statistic)
+    return _spearman(after, labels, axis) - _spearman(before, labels, axis)
+
+
+def _spearman(values: Any, labels: Any, axis: int = -1) -> Any:
+    """Return Spearman correlations along an axis, of all resamples at once."""
+    ranks = [rankdata(given, axis=axis) for given in (values, labels)]
+    a, b = (r - r.mean(axis=axis, keepdims=True) for r in ranks)
+    return (a * b).sum(axis=axis) / np.sqrt((a**2).sum(axis=axis) * (b**2).sum(axis=axis))
 
 
 def _findings(changes: Sequence[Mapping[str, Any]]) -> list[Finding]:

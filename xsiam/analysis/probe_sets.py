@@ -183,8 +183,9 @@ def usable_probes(
         )
     if len(held_out) < len(wanted):
         notes.append(
-            f"{len(wanted) - len(held_out)} of {len(wanted)} probes are left out: a model was "
-            f"tuned on their templates or words (bundled {', '.join(sorted(seen))})."
+            f"{len(wanted) - len(held_out)} of {len(wanted)} probes of category {listed} are left "
+            f"out: a model was tuned on their templates or words (bundled "
+            f"{', '.join(sorted(seen))})."
         )
     return held_out, notes
 
