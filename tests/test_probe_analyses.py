@@ -357,6 +357,7 @@ def test_negation_gives_the_planted_figures(tmp_path: Path) -> None:
         ("negation", "negative", 1.0),
         ("negation", "larger", 1.0),
         ("neutral word", "enrichment", 1.0),
+        ("negation minus neutral word", "enrichment", enrichment - 1.0),
         ("neutral word", "negative", 0.0),
         ("both negated: row", "contribution", column - 0.3),
         ("both negated: column", "contribution", column - 0.3),
@@ -373,6 +374,7 @@ def test_negation_gives_the_planted_figures(tmp_path: Path) -> None:
         "Scores mostly ignore negation": "confirmed",
         "Negation lowers the score more than a neutral word in its place": "confirmed",
         "Attributions mostly ignore negation": "confirmed",
+        "The negating word has more attribution than a neutral word in its place": "contradicted",
     }
     assert set(Negation().plot(result)) == {"scores", "enrichment"}
 
@@ -386,7 +388,9 @@ def test_claims_about_negation_can_be_wrong(tmp_path: Path) -> None:
         return 0.5 if "not" in (a, b) else FILLER
 
     result = Negation().run(planted_context(tmp_path, negation_rows(), entry, score))
-    assert {f.verdict for f in result.findings} == {"contradicted"}
+    verdicts = {f.claim: f.verdict for f in result.findings}
+    more = verdicts.pop("The negating word has more attribution than a neutral word in its place")
+    assert (more, set(verdicts.values())) == ("confirmed", {"contradicted"})
 
 
 # --- mitigation --------------------------------------------------------------------------------
@@ -500,7 +504,7 @@ def real_probes(path: Path) -> Path:
         elif p.template.partition("/")[0] in ("person", "thing", "mood", "food", "task"):
             chosen.setdefault(p.words.partition(":")[2].partition("|")[0], []).append(p)
     negations = [k for k in chosen if k.startswith("negation")][:5]
-    bases = [k for k in chosen if not k.startswith("negation")][:6]
+    bases = [k for k in chosen if not k.startswith("negation")][:5]
     rows = [
         [p.sentence1, p.sentence2, str(p.score), p.category, p.template, p.words]
         for key in [*negations, *bases]
@@ -527,7 +531,7 @@ def test_real_model_end_to_end(tmp_path: Path) -> None:
             "analysis.layers=[5]",
             "analysis.names=[negation,adjectives,lexical_bias,mitigation]",
             f"analysis.models.mitigated={tmp_path / 'export'}",
-            "analysis.n_resamples=200",
+            "analysis.n_resamples=100",
             f"analysis.probes={path}",
             "accelerator=cpu",
             f"output_dir={tmp_path / 'run'}",

@@ -19,7 +19,15 @@ from xsiam.analysis.minimal_pairs import (
     NEUTRAL,
     NegationPair,
     negation_pairs,
-    unrelated_affirmatives,
+)
+from xsiam.analysis.negation_scores import (
+    BEYOND,
+    DROP,
+    ITSELF,
+    partners,
+    score_changes,
+    score_rows,
+    template_of,
 )
 from xsiam.analysis.probe_sets import usable_probes
 from xsiam.analysis.statistics import SMALLEST_SAMPLE, Finding, judge
@@ -39,10 +47,9 @@ from xsiam.analysis.word_measures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ITSELF, ANOTHER = "the sentence itself", "another frame"
-DROP = "drop by negation / by unrelated sentence"
-BEYOND = "change by negation beyond neutral word"
 COMMON = "both negated: common entry"
+MORE = "negation minus neutral word"
+AMOUNT = "enrichment"
 
 # "Mostly ignored", fixed beforehand. Of the score: a sentence and its negation stay closer to one
 # sentence twice than to two unrelated ones. (People who wrote the bundled probes judge that they
@@ -78,8 +85,8 @@ class Negation(AbstractAnalysis):
     def run(self, context: Context) -> AnalysisResult:
         """Compare scores, and sum rows and columns at every layer."""
         pairs, notes = negations(context, [MODEL])
-        scores = _score_rows(context, pairs)
-        changes = _changes(context, scores)
+        scores = score_rows(context, pairs)
+        changes = score_changes(context, scores)
         lines: list[Row] = []
         entries: list[Row] = []
         beyond = 0
@@ -147,7 +154,7 @@ class Negation(AbstractAnalysis):
         words = {
             f"layer {r['layer']}: {r['line']}": (r["estimate"], r["low"], r["high"])
             for r in result.tables["words"].rows
-            if r["low"] is not None and r["quantity"] == "enrichment"
+            if r["low"] is not None and r["quantity"] == AMOUNT and r["line"] != MORE
         }
         figures = {"scores": intervals_figure(scores, "score, or its change")}
         if words:
@@ -180,104 +187,6 @@ def negations(
     return pairs, notes
 
 
-def _score_rows(context: Context, pairs: Sequence[NegationPair]) -> list[Row]:
-    """Return the scores of each probe against itself, as far as there is something to compare."""
-    layer = context.layers[0]  # scores are the same at every layer
-
-    def scores(texts_b: Sequence[str | None]) -> list[float | None]:
-        there = [(p.affirmative, b) for p, b in zip(pairs, texts_b, strict=True) if b is not None]
-        found = iter(
-            context.attributions(MODEL, layer, [a for a, _ in there], [b for _, b in there])
-        )
-        return [None if b is None else next(found).score for b in texts_b]
-
-    columns = {
-        "base": scores([p.affirmative for p in pairs]),
-        "negated": scores([p.negated for p in pairs]),
-        "neutral": scores([p.neutral for p in pairs]),
-        "unrelated": scores(unrelated_affirmatives(pairs)),
-    }
-    rows = [
-        {
-            "against": ITSELF,
-            "template": p.template,
-            "marker": p.marker,
-            "predicate": p.predicate,
-            **{k: values[i] for k, values in columns.items()},
-        }
-        for i, p in enumerate(pairs)
-    ]
-    partners = _partners(pairs)
-    firsts = [first.affirmative for first, _ in partners]
-    base = context.attributions(MODEL, layer, firsts, [p.affirmative for _, p in partners])
-    negated = context.attributions(MODEL, layer, firsts, [p.negated for _, p in partners])
-    for (_, p), plain, changed in zip(partners, base, negated, strict=True):
-        rows.append(
-            {
-                "against": ANOTHER,
-                "template": p.template,
-                "marker": p.marker,
-                "predicate": p.predicate,
-                "base": plain.score,
-                "negated": changed.score,
-                "neutral": None,
-                "unrelated": None,
-            }
-        )
-    return rows
-
-
-def _partners(pairs: Sequence[NegationPair]) -> list[tuple[NegationPair, NegationPair]]:
-    """Return all ordered pairs of different templates of one kind with the same predicate."""
-    return [
-        (first, second)
-        for second in pairs
-        for first in pairs
-        if (first.kind, first.predicate) == (second.kind, second.predicate)
-        and first.template != second.template
-    ]
-
-
-def _changes(context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return means of scores and of their changes over templates."""
-    found = []
-    for against in (ITSELF, ANOTHER):
-        own = [r for r in rows if r["against"] == against]
-        if not own:
-            continue
-        base, negated = (by_unit(own, _template, column) for column in ("base", "negated"))
-        values = {"base": list(base.values()), "negated": list(negated.values())}
-        values["change by negation"] = differences(negated, base)
-        if against == ITSELF:
-            with_word = [r for r in own if r["neutral"] is not None]
-            neutral = by_unit(with_word, _template, "neutral")
-            same = by_unit(with_word, _template, "negated")
-            values["neutral word"] = list(neutral.values())
-            values[BEYOND] = differences(same, neutral)
-        found += [
-            {"against": against, "quantity": name, "unit": "score", **estimate(context, list(v))}
-            for name, v in values.items()
-        ]
-    return [*found, *_drop(context, rows)]
-
-
-def _drop(context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the drop by negation as a share of the drop by an unrelated sentence."""
-    own = [r for r in rows if r["against"] == ITSELF and r["unrelated"] is not None]
-    base, negated, unrelated = (
-        by_unit(own, _template, column) for column in ("base", "negated", "unrelated")
-    )
-    found = []
-    where = {"against": ITSELF, "quantity": "unrelated sentence", "unit": "score"}
-    found.append({**where, **estimate(context, list(unrelated.values()))})
-    if len(base) >= SMALLEST_SAMPLE:
-        drops = [differences(base, negated), differences(base, unrelated)]
-        share = context.interval(drops, ratio_of_means, paired=True)
-        where = {"quantity": DROP, "unit": "share"}
-        found.append({"against": ITSELF, **where, **share.row()})
-    return found
-
-
 def negation_cases(pairs: Sequence[NegationPair]) -> list[LineCase]:
     """Return the columns of negating words beside the affirmative sentences."""
     return [
@@ -293,7 +202,7 @@ def _cases(pairs: Sequence[NegationPair]) -> list[LineCase]:
         if p.neutral is not None and p.neutral_span is not None:
             facts = {"line": "neutral word", **_facts(p)}
             cases.append(LineCase(p.affirmative, p.neutral, "b", p.neutral_span, facts))
-    for first, second in _partners(pairs):
+    for first, second in partners(pairs):
         for side, name, p in (("a", "row", first), ("b", "column", second)):
             facts = {"line": f"both negated: {name}", **_facts(p)}
             cases.append(LineCase(first.negated, second.negated, side, p.span, facts))
@@ -306,7 +215,7 @@ def _facts(pair: NegationPair) -> Row:
 
 def _common_entries(context: Context, layer: int, pairs: Sequence[NegationPair]) -> list[Row]:
     """Return the entries of two negating words in sentences of different templates."""
-    both = _partners(pairs)
+    both = partners(pairs)
     results = context.attributions(
         MODEL, layer, [a.negated for a, _ in both], [b.negated for _, b in both]
     )
@@ -339,9 +248,18 @@ def _words(context: Context, lines: Sequence[Row], entries: Sequence[Row]) -> li
         rows = entries if line == COMMON else [r for r in lines if r["line"] == line]
         own = [r for r in rows if r["layer"] == layer]
         for quantity in quantities:
-            values = list(by_unit(own, _template, quantity).values())
+            values = list(by_unit(own, template_of, quantity).values())
             where = {"layer": layer, "line": line, "quantity": quantity}
             found.append({**where, **estimate(context, values)})
+    for layer in context.layers:
+        negating, neutral = (
+            by_unit(
+                [r for r in lines if (r["layer"], r["line"]) == (layer, n)], template_of, AMOUNT
+            )
+            for n in ("negation", "neutral word")
+        )
+        where = {"layer": layer, "line": MORE, "quantity": AMOUNT}
+        found.append({**where, **estimate(context, differences(negating, neutral))})
     return sorted(found, key=lambda r: -r["layer"])
 
 
@@ -350,11 +268,11 @@ def _explained(
 ) -> list[dict[str, Any]]:
     """Return the contribution of the negating word as a share of the change of the score."""
     own = [r for r in scores if r["against"] == ITSELF]
-    base, negated = (by_unit(own, _template, column) for column in ("base", "negated"))
+    base, negated = (by_unit(own, template_of, column) for column in ("base", "negated"))
     found = []
     for layer in context.layers:
         here = [r for r in lines if (r["layer"], r["line"]) == (layer, "negation")]
-        word = by_unit(here, _template, "contribution")
+        word = by_unit(here, template_of, "contribution")
         kept = [t for t in word if t in base]
         change = [negated[t] - base[t] for t in kept]
         if len(kept) >= SMALLEST_SAMPLE and any(change):
@@ -395,7 +313,18 @@ def _findings(
             )
     for row in words:
         found = finding_interval(row)
-        if (row["line"], row["quantity"]) == ("negation", "enrichment") and found is not None:
+        if (row["line"], row["quantity"]) == (MORE, AMOUNT) and found is not None:
+            findings.append(
+                judge(
+                    "The negating word has more attribution than a neutral word in its place",
+                    "difference of their shares of Σ|entries|, each relative to an average word, "
+                    f"layer {row['layer']}",
+                    found,
+                    source="ours",
+                    above=0.0,
+                )
+            )
+        if (row["line"], row["quantity"]) == ("negation", AMOUNT) and found is not None:
             findings.append(
                 judge(
                     "Attributions mostly ignore negation: the negating word has less than an "
@@ -408,7 +337,3 @@ def _findings(
                 )
             )
     return findings
-
-
-def _template(row: Row) -> str:
-    return str(row["template"])
