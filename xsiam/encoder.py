@@ -111,6 +111,8 @@ class SiameseEncoder(nn.Module):
         self._shift_cache: dict[Hashable, Tensor] = {}
         self._cache_weights: Hashable = None
         self.longest_warned = 0
+        # Runs that the model was tuned in, oldest first (`xsiam.provenance`); None: not recorded.
+        self.trained_on: list[dict[str, Any]] | None = None
         # Whether processes share the weights (`xsiam.sharding`). All then embed the same number of
         # times, so that none may spare itself what another needs.
         self.sharded = False

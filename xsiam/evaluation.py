@@ -46,6 +46,7 @@ from xsiam.layer_store import (
 from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
 from xsiam.pairs import PairDataset
+from xsiam.pretrained import records_shift
 from xsiam.processes import processes
 from xsiam.report import print_evaluation
 from xsiam.tables import BUNDLED
@@ -507,7 +508,9 @@ def _plan(
         encoder.check_layer(layer, key="analysis.layers")
 
     def load(checkpoint: str, reference: str | None) -> SiameseEncoder:
-        own = {"shift": None, "reference": reference, "similarity": encoder.similarity}
+        # What records no shift was not made by a run of ours: it is compared as it is.
+        shift = None if records_shift(checkpoint) else False
+        own = {"shift": shift, "reference": reference, "similarity": encoder.similarity}
         return _build_encoder(config, checkpoint, device, **own)
 
     context = Context(

@@ -61,6 +61,7 @@ from xsiam.errors import InputError, ModelError, ProcessError
 from xsiam.history import HistoryLogger, KeepHistory, finite, run_facts, write_results
 from xsiam.losses import get_objective, matryoshka_of
 from xsiam.module import SiameseModule
+from xsiam.provenance import training_record
 from xsiam.resume import Interruption, LastCheckpoint, ResumableData, SeededSteps
 from xsiam.sharding import ShardedStrategy, load_weights
 from xsiam.teacher import Teacher
@@ -168,6 +169,9 @@ def run_training(config: TrainConfig) -> TrainingResult:
         module = build_module(config)
         data = build_data(config, module)
         check_run(config, module, data, resume)
+        pairs = data.pairs("train")
+        record = training_record(config.model.name, data.facts()["train"], pairs)
+        module.encoder.trained_on = [*(module.encoder.trained_on or []), record]
         run = _Run(config, output, module, data, interruption)
         return run.execute(resume)
 

@@ -5,6 +5,7 @@ is drawn (`plot`). They share a `Context`: pairs, models and attributions, each 
 once.
 """
 
+from xsiam.analysis.adjectives import Adjectives
 from xsiam.analysis.base import (
     ANALYSES,
     AbstractAnalysis,
@@ -18,6 +19,9 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
+from xsiam.analysis.lexical_bias import LexicalBias
+from xsiam.analysis.mitigation import Mitigation
+from xsiam.analysis.negation import Negation
 from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
@@ -26,12 +30,16 @@ from xsiam.analysis.summary import summary_of
 __all__ = [
     "ANALYSES",
     "AbstractAnalysis",
+    "Adjectives",
     "AnalysisResult",
     "Concentration",
     "Context",
     "Finding",
     "Interval",
+    "LexicalBias",
+    "Mitigation",
     "Needs",
+    "Negation",
     "NotApplicableError",
     "Plan",
     "ResultTable",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from xsiam.analysis.context import Context
     from xsiam.analysis.statistics import Finding
+    from xsiam.config import AnalysisConfig
 
 __all__ = [
     "ANALYSES",
@@ -58,6 +59,7 @@ class Needs:
         shift: Whether the model has to have a reference shift.
         labels: Whether the pairs have to have labels.
         parser: Whether texts are parsed with spaCy.
+        probes: Whether the probes of ``analysis.probes`` are read.
         packages: Importable packages beyond xsiam's own, with what brings them:
             ``{"ot": "pip install pot"}``.
         min_pairs: Fewest pairs.
@@ -67,6 +69,7 @@ class Needs:
     shift: bool = False
     labels: bool = False
     parser: bool = False
+    probes: bool = False
     packages: Mapping[str, str] = field(default_factory=dict)
     min_pairs: int = 1
 
@@ -139,6 +142,10 @@ class AbstractAnalysis(ABC):
     source: ClassVar[str]
     version: ClassVar[int] = 1
     needs: ClassVar[Needs] = Needs()
+
+    def models(self, settings: AnalysisConfig) -> tuple[str, ...]:
+        """Return the names of the models it uses, by default those that it needs."""
+        return self.needs.models
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
         """Return the texts whose token vectors `run` reads.

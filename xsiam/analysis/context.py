@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from xsiam.analysis.base import MODEL, NotApplicableError, VectorRequest
+from xsiam.analysis.probe_sets import ProbeSet, load_probes
 from xsiam.analysis.statistics import Interval, Statistic, interval
 from xsiam.attribution import PairAttributor
 from xsiam.combination import combine
@@ -211,6 +212,17 @@ class Context:
             confidence=wanted.confidence,
             seed=wanted.seed,
         )
+
+    # -- probes ---------------------------------------------------------------------------------
+
+    @cached_property
+    def probes(self) -> ProbeSet:
+        """The probes that ``analysis.probes`` names.
+
+        Raises:
+            InputError: If they cannot be read, or a row is wrong.
+        """
+        return load_probes(self.settings.probes)
 
     # -- parses ---------------------------------------------------------------------------------
 

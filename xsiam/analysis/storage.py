@@ -73,12 +73,13 @@ def settings_hash(analysis: AbstractAnalysis, context: Context) -> str:
     attributor = dict(context.attributor_settings)
     del attributor["memory_budget"]  # never changes numbers
     models = {}
-    for name in analysis.needs.models:
+    for name in analysis.models(context.settings):
         encoder = context.model(name)
         models[name] = [
             *(encoder.model_fingerprint, encoder.similarity, encoder.shift),
             *(encoder.reference_label, encoder.normalize, encoder.max_length),
             *(encoder.model.truncate_dim, encoder.model.prompts, encoder.model.default_prompt_name),
+            encoder.trained_on,
         ]
     content = {
         "xsiam": xsiam.__version__,
@@ -90,6 +91,7 @@ def settings_hash(analysis: AbstractAnalysis, context: Context) -> str:
         "models": models,
         "roles": context.roles,
         "pairs": [context.pairs.texts_a, context.pairs.texts_b, context.pairs.labels],
+        "probes": context.probes.digest if analysis.needs.probes else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
