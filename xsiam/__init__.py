@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xsiam.alignment import Alignment, align
     from xsiam.attribution import PairAttributor
     from xsiam.callbacks import AttributionMonitor
     from xsiam.data import PairDataModule
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from xsiam.index import TokenVectorIndex
     from xsiam.module import SiameseModule
     from xsiam.result import PairAttribution
-    from xsiam.spans import SpanAttribution, sentence_spans
+    from xsiam.spans import SpanAttribution, sentence_spans, word_spans
     from xsiam.windows import LongAttribution, WindowedAttributor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "AttributionMonitor",
     "CheckpointError",
     "ConvergenceWarning",
@@ -48,10 +50,13 @@ __all__ = [
     "TruncationWarning",
     "WindowedAttributor",
     "__version__",
+    "align",
     "sentence_spans",
+    "word_spans",
 ]
 
 _MODULES = {
+    "Alignment": "alignment",
     "AttributionMonitor": "callbacks",
     "CheckpointError": "errors",
     "ConvergenceWarning": "errors",
@@ -68,7 +73,9 @@ _MODULES = {
     "TokenVectorIndex": "index",
     "TruncationWarning": "errors",
     "WindowedAttributor": "windows",
+    "align": "alignment",
     "sentence_spans": "spans",
+    "word_spans": "spans",
 }
 
 

@@ -5,6 +5,7 @@ is drawn (`plot`). They share a `Context`: pairs, models and attributions, each 
 once.
 """
 
+from xsiam.analysis.alignment import AlignmentAnalysis
 from xsiam.analysis.base import (
     ANALYSES,
     AbstractAnalysis,
@@ -21,10 +22,12 @@ from xsiam.analysis.context import Context
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
+from xsiam.analysis.syntax import Syntax
 
 __all__ = [
     "ANALYSES",
     "AbstractAnalysis",
+    "AlignmentAnalysis",
     "AnalysisResult",
     "Concentration",
     "Context",
@@ -34,6 +37,7 @@ __all__ = [
     "NotApplicableError",
     "Plan",
     "ResultTable",
+    "Syntax",
     "VectorRequest",
     "get_analysis",
     "interval",

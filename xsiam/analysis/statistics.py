@@ -13,7 +13,15 @@ from scipy.stats import bootstrap
 
 from xsiam.analysis.base import NotApplicableError
 
-__all__ = ["Finding", "Interval", "Verdict", "interval", "judge", "standardised_mean"]
+__all__ = [
+    "Finding",
+    "Interval",
+    "Verdict",
+    "interval",
+    "judge",
+    "ratio_of_sums",
+    "standardised_mean",
+]
 
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 Statistic = Callable[..., Any]
@@ -160,3 +168,9 @@ def standardised_mean(differences: Any, axis: int = -1) -> Any:
     """Return mean by standard deviation of paired differences (Cohen's d_z), an effect size."""
     values = np.asarray(differences, dtype=np.float64)
     return values.mean(axis=axis) / values.std(axis=axis, ddof=1)
+
+
+def ratio_of_sums(part: Any, whole: Any, axis: int = -1) -> Any:
+    """Return Σ part / Σ whole; not finite where the whole sums to zero."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sum(part, axis=axis) / np.sum(whole, axis=axis)
