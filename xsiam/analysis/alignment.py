@@ -84,7 +84,7 @@ class AlignmentAnalysis(AbstractAnalysis):
         notes: list[str] = []
         for layer in context.layers:
             sums = [r.sum_words() for r in context.pair_attributions(MODEL, layer)]
-            notes = notes or fit_notes(sums)
+            notes = notes or fit_notes(sums, "can have no link")
             found = {m: [align(s, method=m) for s in sums] for m in METHODS}
             for method, alignments in found.items():
                 where = {"layer": layer, "method": method}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from xsiam.analysis.base import NotApplicableError
 
@@ -113,7 +114,9 @@ def interval(
     bad = sum(int((~np.isfinite(v)).sum()) for v in data)
     if bad:
         raise NotApplicableError(f"{bad} of n = {n} observations are not finite")
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        # Of resamples without a value: they are counted below, and too many of them are refused.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
         found = bootstrap(
             data,
             statistic,

@@ -104,7 +104,7 @@ class Syntax(AbstractAnalysis):
         for layer in context.layers:
             pairs = word_pairs_of(context, MODEL, layer)
             if layer == context.layers[0]:  # words and tokens are those of every layer
-                found.notes += fit_notes([pair.sums for pair in pairs])
+                found.notes += fit_notes([pair.sums for pair in pairs], "are in no figure here")
             _classes_of_layer(found, layer, pairs)
             _roles_of_layer(found, layer, pairs)
             for part, values in _parts(pairs).items():
@@ -125,8 +125,8 @@ class Syntax(AbstractAnalysis):
         for layer in dict.fromkeys(r["layer"] for r in rows):
             values: dict[tuple[str, str], float | None] = {}
             for row in (r for r in rows if r["layer"] == layer):
-                values[row["one"], row["other"]] = row["enrichment"]
-                values[row["other"], row["one"]] = row["enrichment"]
+                value = None if row["enrichment_low"] is None else row["enrichment"]  # too rare
+                values[row["one"], row["other"]] = values[row["other"], row["one"]] = value
             title = f"mean entry by that of all word pairs, layer {layer}"
             figures[f"tags_layer_{layer}"] = grid_figure(values, title, centre=_PROPORTIONAL)
         bars = {

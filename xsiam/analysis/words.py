@@ -75,8 +75,13 @@ def word_pairs_of(context: Context, model: str, layer: int) -> list[WordPairs]:
     return [word_pairs(*parts) for parts in zip(results, parsed_a, parsed_b, strict=True)]
 
 
-def fit_notes(sums: Sequence[SpanAttribution]) -> list[str]:
-    """Say how many words and tokens of both sides do not fit each other, one sentence each."""
+def fit_notes(sums: Sequence[SpanAttribution], what_of_words: str) -> list[str]:
+    """Say how many words and tokens of both sides do not fit each other, one sentence each.
+
+    Args:
+        sums: Attributions summed over words.
+        what_of_words: What the analysis does with words that have no token, "they …".
+    """
     places = [place for s in sums for place in (s.places_a, s.places_b)]
     words = sum(place.n_spans for place in places)
     tokens = sum(len(place.span_of) for place in places)
@@ -86,7 +91,7 @@ def fit_notes(sums: Sequence[SpanAttribution]) -> list[str]:
     untouched = sum(len(place.untouched) for place in places)
     return [
         f"{empty} of {words} words have no token that counts for them, {untouched} of these since "
-        "the model's window ends before them; they are in no figure here.",
+        f"the model's window ends before them; they {what_of_words}.",
         f"{crossing} of {tokens} tokens reach into a second word and count for the first; "
         f"{outside} tokens of the texts belong to no word and are counted with the special tokens.",
     ]
