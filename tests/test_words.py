@@ -256,13 +256,17 @@ def test_words_that_no_token_reaches_are_listed_apart_from_those_inside_a_token(
         "1 of 3 tokens reach into a second word and count for the first; 0 tokens of the texts "
         "belong to no word and are counted with the special tokens.",
     ]
-    parsed = [
+    one, other = [
         ParsedText(text, tuple(Word(s, e, text[s:e], "", "", "", "") for s, e in spans))
         for text, spans in ((result.text_a, words.spans_a), ("x", ((0, 1),)))
     ]
-    pair = word_pairs(result, *parsed)
+    pair = word_pairs(result, one, other)
     assert [word.text for word in pair.words_a] == ["gon", "run"]
     assert pair.matrix.tolist() == [[1.0], [2.0]]
+    turned = planted("x", result.text_a, matrix.T, result.offsets_b, result.offsets_a)
+    back = word_pairs(turned, other, one)
+    assert [word.text for word in back.words_b] == ["gon", "run"]
+    assert back.matrix.tolist() == [[1.0, 2.0]]
 
 
 def test_words_beyond_the_window_are_counted() -> None:
@@ -333,7 +337,8 @@ def test_offsets_are_those_of_the_text_as_given(parser: Any) -> None:
     ("text", "stem", "contraction", "lemma"),
     [
         ("He isn't here.", "is", "n't", "be"),
-        ("He isn’t here.", "is", "n’t", "be"),
+        ("I don’t know.", "do", "n’t", "do"),
+        ("DON'T GO!", "DO", "N'T", "do"),
         ("THEY CAN'T COME.", "CA", "N'T", "can"),
         ("The dog won't run.", "wo", "n't", "will"),
         ("He  didn't run.", "did", "n't", "do"),
@@ -342,7 +347,7 @@ def test_offsets_are_those_of_the_text_as_given(parser: Any) -> None:
 def test_contracted_not_is_a_word_and_an_adverb(
     parser: Any, text: str, stem: str, contraction: str, lemma: str
 ) -> None:
-    """Left to itself spaCy takes that with a typographic apostrophe for a noun."""
+    """Left to itself spaCy takes that of "don’t" for a noun, and "DON'T" for one word."""
     words = by_text(parse_texts(parser, [text])[0])
     assert words[contraction].pos == "adverb"
     assert words[contraction].lemma == "not"

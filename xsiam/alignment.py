@@ -156,8 +156,8 @@ def align(
 
     * "transport": partial optimal transport. The plan W ≥ 0 maximises Σ_ij W_ij g_ij under
       Σ_j W_ij ≤ p_i and Σ_i W_ij ≤ q_j, where both masses p and q sum to 1; W_ij is the weight of a
-      link. Mass that gains nothing stays where it is: a unit without a counterpart has no link. The
-      plan is exact, without entropy, and a vertex of the polytope, so that it has at most n_a + n_b
+      link. Mass that would gain nothing is no link, so that units can be left out. The plan is
+      exact, without entropy, and a vertex of the polytope, so that it has fewer than n_a + n_b
       links; a unit can have several ("took off" – "left"). With masses "uniform" (p_i = 1/n_a,
       q_j = 1/n_b) and equal numbers of units it is the best one-to-one assignment. With
       "attribution" a unit's mass is its part of the gains (p_i ∝ Σ_j g_ij, q_j ∝ Σ_i g_ij), so that
@@ -241,9 +241,9 @@ def transport_plan(gain: Matrix, masses: str = "attribution") -> Matrix:
     import ot
 
     p, q = _MASSES[masses](gain)
-    # What is not moved goes to and comes from one more unit on either side, at no gain.
-    padded = np.pad(gain, ((0, 1), (0, 1))) / gain.max()
-    plan = ot.emd(np.append(p, q.sum()), np.append(q, p.sum()), 1.0 - padded)[:-1, :-1]
+    # Both masses sum to 1 and no gain is negative, so moving all of it gains as much as moving the
+    # best part of it: what is moved at no gain is then dropped.
+    plan = ot.emd(p, q, 1.0 - gain / gain.max())
     return np.where((gain > 0) & (plan > _NO_MASS), plan, 0.0)
 
 
