@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xsiam.alignment import Alignment, align
     from xsiam.attribution import PairAttributor
     from xsiam.callbacks import AttributionMonitor
     from xsiam.data import PairDataModule
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from xsiam.ranking import RankingExplanation, explain_ranking
     from xsiam.ranking_report import RankingReport, report_rankings
     from xsiam.result import PairAttribution
-    from xsiam.spans import SpanAttribution, sentence_spans
+    from xsiam.spans import SpanAttribution, sentence_spans, word_spans
     from xsiam.windows import LongAttribution, WindowedAttributor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "AttributionMonitor",
     "CheckpointError",
     "ConvergenceWarning",
@@ -52,12 +54,15 @@ __all__ = [
     "TruncationWarning",
     "WindowedAttributor",
     "__version__",
+    "align",
     "explain_ranking",
     "report_rankings",
     "sentence_spans",
+    "word_spans",
 ]
 
 _MODULES = {
+    "Alignment": "alignment",
     "AttributionMonitor": "callbacks",
     "CheckpointError": "errors",
     "ConvergenceWarning": "errors",
@@ -76,9 +81,11 @@ _MODULES = {
     "TokenVectorIndex": "index",
     "TruncationWarning": "errors",
     "WindowedAttributor": "windows",
+    "align": "alignment",
     "explain_ranking": "ranking",
     "report_rankings": "ranking_report",
     "sentence_spans": "spans",
+    "word_spans": "spans",
 }
 
 

@@ -241,6 +241,37 @@ def intervals_figure(
     return figure
 
 
+def grid_figure(
+    values: Mapping[tuple[str, str], float | None], label: str, *, centre: float = 0.0
+) -> Figure:
+    """Draw named values on a grid, red above the centre and blue below; None is left white.
+
+    Args:
+        values: By names of row and column, both in the order in which they first appear.
+        label: What the values are, with their unit.
+        centre: The value that has no colour.
+    """
+    rows = list(dict.fromkeys(row for row, _ in values))
+    columns = list(dict.fromkeys(column for _, column in values))
+    grid = torch.full((len(rows), len(columns)), torch.nan)
+    for (row, column), value in values.items():
+        if value is not None:
+            grid[rows.index(row), columns.index(column)] = value
+    limit = max(float((grid - centre).abs().nan_to_num().max()), 1e-12)
+    figure, axes = new_figure((2.5 + 0.62 * len(columns), 1.6 + 0.42 * len(rows)))
+    norm = TwoSlopeNorm(vcenter=centre, vmin=centre - limit, vmax=centre + limit)
+    image = axes.imshow(grid.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
+    figure.colorbar(image, ax=axes, label=label)
+    _name_ticks(axes, [_printable(name) for name in rows], [_printable(name) for name in columns])
+    for i, j in (grid == grid).nonzero().tolist():
+        value = float(grid[i, j])
+        dark = abs(value - centre) > 0.6 * limit
+        text = f"{value:.2f}".replace("-0.00", "0.00")
+        colour = "white" if dark else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
 def new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     """Return a figure of one set of axes that no global state knows of; size in inches."""
     figure = Figure(figsize=size, layout="constrained")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xsiam.errors import CheckpointError
-from xsiam.spans import Span, SpanAttribution, sum_spans
+from xsiam.spans import Span, SpanAttribution, sum_spans, word_spans
 
 FORMAT_VERSION = 1
 _TENSORS = ("matrix", "main_effects_a", "main_effects_b")
@@ -154,9 +154,11 @@ class PairAttribution:
     def sum_spans(self, spans_a: Sequence[Span], spans_b: Sequence[Span]) -> SpanAttribution:
         """Sum the attribution over spans of characters, such as sentences.
 
-        A token belongs to the span that holds its first character (white space aside). Special
-        tokens, prompt and tokens in no span are the rest, the last row and column, so that all sums
-        together are the score's split.
+        A token belongs to the span that holds its first character (white space aside; a token of
+        white space alone belongs to what comes behind it). Special tokens, prompt and tokens in no
+        span are the rest, the last row and column, so that all sums together are the score's split.
+        What does not fit, such as a token that reaches into a second span, is listed in
+        ``places_a`` and ``places_b``.
 
         Args:
             spans_a: (start, end) in characters of text a, in any order; for sentences,
@@ -167,6 +169,32 @@ class PairAttribution:
             InputError: If a span lies outside of its text, is empty, or overlaps another.
         """
         return sum_spans(self, spans_a, spans_b)
+
+    def sum_words(
+        self, words_a: Sequence[Span] | None = None, words_b: Sequence[Span] | None = None
+    ) -> SpanAttribution:
+        """Merge sub-word pieces: sum the attribution over words.
+
+        The same as :meth:`sum_spans` over words. For the published figure, the mean of a word's
+        block of pieces, call :meth:`xsiam.spans.SpanAttribution.means` on what is returned.
+
+        Args:
+            words_a: (start, end) in characters of text a, such as those of spaCy's tokens; None
+                takes :func:`xsiam.spans.word_spans`.
+            words_b: The same for text b.
+
+        Raises:
+            InputError: If a span lies outside of its text, is empty, or overlaps another, or if the
+                model's tokenizer gives no offsets.
+
+        Example:
+            >>> words = result.sum_words()  # doctest: +SKIP
+            >>> words.top_spans(3)  # doctest: +SKIP
+        """
+        return self.sum_spans(
+            word_spans(self.text_a) if words_a is None else words_a,
+            word_spans(self.text_b) if words_b is None else words_b,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain values; tensors become nested lists."""

@@ -6,6 +6,7 @@ once.
 """
 
 from xsiam.analysis.adjectives import Adjectives
+from xsiam.analysis.alignment import AlignmentAnalysis
 from xsiam.analysis.base import (
     ANALYSES,
     AbstractAnalysis,
@@ -26,11 +27,13 @@ from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
+from xsiam.analysis.syntax import Syntax
 
 __all__ = [
     "ANALYSES",
     "AbstractAnalysis",
     "Adjectives",
+    "AlignmentAnalysis",
     "AnalysisResult",
     "Concentration",
     "Context",
@@ -44,6 +47,7 @@ __all__ = [
     "Plan",
     "ResultTable",
     "RetrievalMargins",
+    "Syntax",
     "VectorRequest",
     "get_analysis",
     "interval",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from xsiam.analysis.base import MODEL, NotApplicableError, VectorRequest
+from xsiam.analysis.parsing import ParsedText, load_parser, parse_texts
 from xsiam.analysis.probe_sets import ProbeSet, load_probes
 from xsiam.analysis.statistics import Interval, Statistic, interval
 from xsiam.attribution import PairAttributor
@@ -63,6 +64,7 @@ class Context:
     _attributors: dict[tuple[str, int], PairAttributor] = field(default_factory=dict)
     _indices: dict[Key, TokenVectorIndex] = field(default_factory=dict)
     _places: dict[Key, dict[str, int]] = field(default_factory=dict)
+    _parses: dict[str, ParsedText] = field(default_factory=dict)
 
     # -- models ---------------------------------------------------------------------------------
 
@@ -213,6 +215,23 @@ class Context:
             seed=wanted.seed,
         )
 
+    def interval_or_note(
+        self, values: Any, statistic: Statistic, what: str, notes: list[str]
+    ) -> Interval | None:
+        """Return the interval of paired values, or None and a note with the reason there is none.
+
+        Args:
+            values: Several sequences of values, one of each observation.
+            statistic: Takes as many arrays and ``axis``.
+            what: What is estimated, for the note.
+            notes: Where the note goes.
+        """
+        try:
+            return self.interval(values, statistic, paired=True)
+        except NotApplicableError as error:
+            notes.append(f"No interval of {what}: {error}.")
+            return None
+
     # -- probes ---------------------------------------------------------------------------------
 
     @cached_property
@@ -233,9 +252,17 @@ class Context:
         Raises:
             NotApplicableError: If it is not installed, with the command that installs it.
         """
-        from xsiam.analysis.parsing import load_parser
-
         return load_parser(self.settings.spacy_model)
+
+    def parses(self, texts: Sequence[str]) -> list[ParsedText]:
+        """Return texts with words, tags and relations, each parsed once.
+
+        Raises:
+            NotApplicableError: If the pipeline is not installed.
+        """
+        new = sorted(set(texts) - self._parses.keys())
+        self._parses.update(zip(new, parse_texts(self.parser, new), strict=True))
+        return [self._parses[text] for text in texts]
 
 
 def _joined(requests: Iterable[VectorRequest]) -> dict[Key, list[str]]:

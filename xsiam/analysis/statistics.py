@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from xsiam.analysis.base import NotApplicableError
 
-__all__ = ["Finding", "Interval", "Verdict", "interval", "judge", "standardised_mean"]
+__all__ = [
+    "Finding",
+    "Interval",
+    "Verdict",
+    "interval",
+    "judge",
+    "ratio_of_sums",
+    "standardised_mean",
+]
 
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 Statistic = Callable[..., Any]
@@ -105,7 +114,9 @@ def interval(
     bad = sum(int((~np.isfinite(v)).sum()) for v in data)
     if bad:
         raise NotApplicableError(f"{bad} of n = {n} observations are not finite")
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        # Of resamples without a value: they are counted below, and too many of them are refused.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
         found = bootstrap(
             data,
             statistic,
@@ -160,3 +171,9 @@ def standardised_mean(differences: Any, axis: int = -1) -> Any:
     """Return mean by standard deviation of paired differences (Cohen's d_z), an effect size."""
     values = np.asarray(differences, dtype=np.float64)
     return values.mean(axis=axis) / values.std(axis=axis, ddof=1)
+
+
+def ratio_of_sums(part: Any, whole: Any, axis: int = -1) -> Any:
+    """Return Σ part / Σ whole; not finite where the whole sums to zero."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sum(part, axis=axis) / np.sum(whole, axis=axis)
