@@ -359,6 +359,16 @@ def test_two_processes_make_the_same_index(
     }
 
 
+def test_another_process_may_write_the_manifest_meanwhile(
+    attributor: PairAttributor, tmp_path: Path
+) -> None:
+    part = tmp_path / "index" / f".{index_manifest.MANIFEST}-0123abcd.part"
+    part.parent.mkdir()
+    part.write_bytes(b"{")  # being written
+    TokenVectorIndex.build(attributor, CORPUS, part.parent, dtype="float32")
+    assert part.exists()
+
+
 @pytest.mark.parametrize(
     ("given", "environment", "message"),
     [

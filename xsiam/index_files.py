@@ -127,7 +127,11 @@ def write_shard(
     tensors |= {n: torch.tensor([f for t in texts for f in getattr(t, n)]) for n in _MASKS}
     facts = {"format_version": FORMAT_VERSION, "index": manifest.key(), "shard": number}
     # One entry: the order of several is not fixed, and equal shards are to be equal files.
-    write_file(shard_path(folder, number), save(tensors, {"xsiam": json.dumps(facts)}))
+    path = shard_path(folder, number)
+    write_file(path, save(tensors, {"xsiam": json.dumps(facts)}))
+    # Of a process that was killed: one process writes a shard. The manifest may have several.
+    for stale in path.parent.glob(f".{path.name}-*.part"):
+        stale.unlink(missing_ok=True)
 
 
 def read_shard(folder: Path, number: int, manifest: Manifest) -> Shard:

@@ -169,5 +169,3 @@ def write_file(path: Path, content: bytes) -> None:
             f"Expected to write {len(content)} bytes to {path}, but {reason} and build the index "
             "again with the same arguments: finished shards are kept."
         ) from error
-    for stale in path.parent.glob(f".{path.name}-*.part"):  # of a process that was killed
-        stale.unlink(missing_ok=True)

@@ -169,7 +169,14 @@ class AbstractAnalysis(ABC):
 
 
 ANALYSES: dict[str, type[AbstractAnalysis]] = {}
-"""Analyses by name, in the order in which they run and are reported."""
+"""Analyses by name."""
+
+ORDER = (
+    *("performance", "accuracy", "agreement", "reference_terms", "concentration", "syntax"),
+    *("negation", "adjectives", "lexical_bias", "mitigation", "alignment", "faithfulness"),
+    *("randomisation", "retrieval"),
+)
+"""The order in which analyses run and are reported; others come after these."""
 
 
 def register_analysis(cls: type[AbstractAnalysis]) -> type[AbstractAnalysis]:
@@ -183,6 +190,12 @@ def register_analysis(cls: type[AbstractAnalysis]) -> type[AbstractAnalysis]:
         raise ValueError(f"Expected a new name, but {cls.name!r} is {taken.__qualname__}.")
     ANALYSES[cls.name] = cls
     return cls
+
+
+def names_in_order() -> list[str]:
+    """Return the names of all analyses as they are reported."""
+    known = {name: place for place, name in enumerate(ORDER)}
+    return sorted(ANALYSES, key=lambda name: known.get(name, len(known)))
 
 
 def get_analysis(name: str) -> AbstractAnalysis:

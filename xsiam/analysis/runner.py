@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from xsiam.analysis.base import (
-    ANALYSES,
     AbstractAnalysis,
     NotApplicableError,
     VectorRequest,
     get_analysis,
+    names_in_order,
 )
 from xsiam.analysis.context import Context
 from xsiam.analysis.storage import (
@@ -39,10 +39,10 @@ def chosen_names(names: Sequence[str]) -> list[str]:
         InputError: If one is unknown.
     """
     if list(names) == [ALL]:
-        return list(ANALYSES)
+        return names_in_order()
     for name in names:
         get_analysis(name)
-    return [name for name in ANALYSES if name in names]
+    return [name for name in names_in_order() if name in names]
 
 
 @dataclass
