@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xsiam.encoder import Parts, SiameseEncoder
 from xsiam.errors import InputError
+from xsiam.linear import FastLinear
 from xsiam.result import PairAttribution
 from xsiam.split import Features, evaluation_mode, features_to, select_rows
 
@@ -120,7 +121,7 @@ def embed_without(
     """
     wanted = [frozenset(places) for places in absences]
     distinct = list(dict.fromkeys(wanted))
-    with torch.no_grad(), evaluation_mode(encoder), encoder.weights_held():
+    with torch.no_grad(), evaluation_mode(encoder), encoder.weights_held(), FastLinear():
         features = features_to(encoder.preprocess([text], role), encoder.device)
         features.pop("offset_mapping", None)
         _check(encoder, features, distinct, absence.protocol)
@@ -248,7 +249,7 @@ def _embed(
     if absence.protocol == "drop":
         shape = gone.shape
         many = {
-            key: value[~gone].unflatten(0, (len(absences), -1))
+            key: value[~gone].reshape(len(absences), -1, *value.shape[2:])
             if isinstance(value, Tensor) and value.shape[:2] == shape
             else value
             for key, value in many.items()

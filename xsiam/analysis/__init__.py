@@ -18,6 +18,7 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
+from xsiam.analysis.faithfulness import Faithfulness
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
@@ -28,6 +29,7 @@ __all__ = [
     "AnalysisResult",
     "Concentration",
     "Context",
+    "Faithfulness",
     "Finding",
     "Interval",
     "Needs",
