@@ -37,6 +37,7 @@ PROTOCOLS = ("mask", "drop", "mean")
 
 Roles = tuple[str | None, str | None]
 _TOKENS_AT_ONCE = 4096
+_LEAST_NORM = 1e-8  # that of `torch.nn.functional.cosine_similarity`, which gives 0 there
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def embed_without(
 
 def score_matrix(encoder: SiameseEncoder, a: Parts, b: Parts) -> Tensor:
     """Return the scores of all pairs of embeddings, [n_a, n_b] float64."""
-    products = a.embedding.double() @ b.embedding.double().mT
-    return products / (a.norm.double()[:, None] * b.norm.double()[None])
+    return a.embedding.double() @ b.embedding.double().mT / (_norms(a)[:, None] * _norms(b))
 
 
 def scores_without(
@@ -153,8 +153,7 @@ def scores_without(
     """Return the scores with the k-th set of positions absent in each text, [n] float64."""
     a = embed_without(encoder, result.text_a, absences_a, absence, roles[0])
     b = embed_without(encoder, result.text_b, absences_b, absence, roles[1])
-    products = (a.embedding.double() * b.embedding.double()).sum(1)
-    return products / (a.norm.double() * b.norm.double())
+    return (a.embedding.double() * b.embedding.double()).sum(1) / (_norms(a) * _norms(b))
 
 
 def interactions(
@@ -192,6 +191,11 @@ def pair_order(matrix: Tensor, n_pairs: int) -> list[tuple[int, int]]:
         left[i], left[:, j] = -torch.inf, -torch.inf
         order.append((i, j))
     return order
+
+
+def _norms(parts: Parts) -> Tensor:
+    """Return norms that can be divided by: a text of no words may have an embedding of zero."""
+    return parts.norm.double().clamp_min(_LEAST_NORM)
 
 
 def _own(special: Sequence[bool], prompt: Sequence[bool]) -> list[int]:

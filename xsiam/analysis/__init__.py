@@ -19,6 +19,7 @@ from xsiam.analysis.base import (
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
 from xsiam.analysis.faithfulness import Faithfulness
+from xsiam.analysis.randomisation import Randomisation
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
@@ -35,6 +36,7 @@ __all__ = [
     "Needs",
     "NotApplicableError",
     "Plan",
+    "Randomisation",
     "ResultTable",
     "VectorRequest",
     "get_analysis",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from xsiam.accuracy import sample_pairs
 from xsiam.analysis.base import (
     MODEL,
     AbstractAnalysis,
@@ -115,6 +114,10 @@ class Faithfulness(AbstractAnalysis):
     `SHARES`, in units of the score: a small one of deletion, a large one of insertion say that the
     pairs ranked first matter. `leave_one_out` uses what stands for absent in the protocol that it
     is measured by; `shapley` always the mask token (the mean state where a model has none).
+
+    Neither measure is neutral. Two tokens that do not interact end two matches when they are taken
+    out, two that do end one, so that random pairs fare well in deletion. Two texts of the same few
+    words score high whatever else they said, so that pairs of equal words fare well in insertion.
     """
 
     name = "faithfulness"
@@ -124,14 +127,14 @@ class Faithfulness(AbstractAnalysis):
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
         """Ask for the costly pairs at the highest layer."""
-        texts_a, texts_b = _texts(context)
-        return context.requests((MODEL,), texts_a, texts_b, context.layers[:1])
+        some = context.costly_pairs()
+        return context.requests((MODEL,), some.texts_a, some.texts_b, context.layers[:1])
 
     def run(self, context: Context) -> AnalysisResult:
         """Rank the token pairs by every method, and take them out by every protocol."""
         layer = context.layers[0]
-        texts_a, texts_b = _texts(context)
-        results = context.attributions(MODEL, layer, texts_a, texts_b)
+        some = context.costly_pairs()
+        results = context.attributions(MODEL, layer, some.texts_a, some.texts_b)
         long_enough = [r for r in results if min(map(len, own_places(r))) > 1]
         if len(long_enough) < SMALLEST_SAMPLE:
             raise NotApplicableError(
@@ -162,22 +165,15 @@ class Faithfulness(AbstractAnalysis):
                 figures[f"{measure}_{protocol}"] = curves_figure(
                     lines, f"share of pairs {label} ({protocol})", "score"
                 )
-        bars = {
-            f"{row['protocol']}: {row['baseline']}": (row["estimate"], row["low"], row["high"])
-            for row in result.tables["differences"].rows
-            if row["measure"] == "deletion"
-        }
-        label = "deletion: area of attribution minus that of …, in units of the score"
-        return {"differences": intervals_figure(bars, label), **figures}
-
-
-def _texts(context: Context) -> tuple[list[str], list[str]]:
-    """Return the texts of the costly pairs, drawn from the sample."""
-    wanted = context.settings
-    some = context.pairs.select(
-        sample_pairs(len(context.pairs), wanted.n_costly_pairs, wanted.seed)
-    )
-    return some.texts_a, some.texts_b
+        for measure, better in (("deletion", "below"), ("insertion", "above")):
+            bars = {
+                f"{row['protocol']}: {row['baseline']}": (row["estimate"], row["low"], row["high"])
+                for row in result.tables["differences"].rows
+                if row["measure"] == measure
+            }
+            label = f"{measure}: attribution minus … ({better} 0: attribution is better)"
+            figures[f"differences_{measure}"] = intervals_figure(bars, label)
+        return figures
 
 
 def _measure(

@@ -32,6 +32,10 @@ _CLAIMED = {
     "gradient_times_input": "gradient × input",
     LEAVE_ONE_OUT: "leave-one-out interactions",
 }
+_CLAIMS = {
+    "deletion": ("Taking token pairs out by attribution lowers scores more than by {}", "below"),
+    "insertion": ("Token pairs put in by attribution score higher than by {}", "above"),
+}
 
 
 @dataclass
@@ -89,11 +93,10 @@ class Report:
                 "comparison": ResultTable(
                     comparison,
                     "areas of deletion (lower is better) and insertion (higher is better): mean "
-                    "score over the shares of pairs, in units of the score; `difference`: "
-                    "deletion of attribution minus that of the baseline, below 0 where "
-                    "attribution is better, over n text pairs that both have; cost of a text "
-                    "pair: median seconds, mean number of texts through the model, and of "
-                    "derivatives for one token at one point",
+                    "score over the shares of pairs, in units of the score; `difference`: that of "
+                    "attribution minus that of the baseline, with its interval, over n text pairs "
+                    "that both have; cost of a text pair: median seconds, mean number of texts "
+                    "through the model, and of derivatives for one token at one point",
                     shown=True,
                 ),
                 "interactions": ResultTable(
@@ -120,7 +123,7 @@ class Report:
                 "curves": ResultTable(curves, "scores at each share, mean over text pairs"),
             },
             metrics=self._metrics(areas, correlations, differences),
-            findings=findings,
+            findings=[*findings.values()],
             notes=self._notes(n_short, undefined, names, comparison, findings, correlations),
         )
 
@@ -140,22 +143,18 @@ class Report:
         rows = []
         for protocol in self.protocols:
             for name in names:
-                found = differences.get((protocol, "deletion", name))
                 costs = self.measured.costs[protocol, name]
                 times = [cost.seconds for cost in costs if cost.seconds is not None]
-                row = {
-                    "layer": self.layer,
-                    "protocol": protocol,
-                    "baseline": name,
-                    **{measure: known[protocol, measure, name] for measure in MEASURES},
-                    "difference": None if found is None else found.estimate,
-                    "low": None if found is None else found.low,
-                    "high": None if found is None else found.high,
-                    "n": len(costs),
-                    "seconds": statistics.median(times) if times else self.seconds,
-                    "texts": statistics.fmean(cost.forwards for cost in costs),
-                    "derivatives": statistics.fmean(cost.derivatives for cost in costs),
-                }
+                row: dict[str, Any] = {"protocol": protocol, "baseline": name, "n": len(costs)}
+                for measure in MEASURES:
+                    found = differences.get((protocol, measure, name))
+                    row[measure] = known[protocol, measure, name]
+                    row[f"{measure}_difference"] = None if found is None else found.estimate
+                    row[f"{measure}_low"] = None if found is None else found.low
+                    row[f"{measure}_high"] = None if found is None else found.high
+                row["seconds"] = statistics.median(times) if times else self.seconds
+                row["texts"] = statistics.fmean(cost.forwards for cost in costs)
+                row["derivatives"] = statistics.fmean(cost.derivatives for cost in costs)
                 rows.append(row)
         return rows
 
@@ -178,20 +177,23 @@ class Report:
                 rows.append(row)
         return rows, undefined
 
-    def _findings(self, differences: Mapping[tuple[str, str, str], Interval]) -> list[Finding]:
-        """Hold differences against 0: either order may be the better one."""
-        return [
-            judge(
-                f"Taking token pairs out by attribution lowers scores more than by {claimed}",
-                f"area of deletion, attribution minus {name}, protocol {protocol}, layer "
-                f"{self.layer}, in units of the score",
-                differences[protocol, "deletion", name],
-                source="ours",
-                below=0.0,
-            )
-            for name, claimed in _CLAIMED.items()
-            for protocol in self.protocols
-        ]
+    def _findings(
+        self, differences: Mapping[tuple[str, str, str], Interval]
+    ) -> dict[tuple[str, str, str], Finding]:
+        """Hold differences against 0, by baseline, measure and protocol: either may be better."""
+        findings = {}
+        for name, claimed in _CLAIMED.items():
+            for measure, (claim, side) in _CLAIMS.items():
+                for protocol in self.protocols:
+                    findings[name, measure, protocol] = judge(
+                        claim.format(claimed),
+                        f"area of {measure}, attribution minus {name}, protocol {protocol}, layer "
+                        f"{self.layer}, in units of the score",
+                        differences[protocol, measure, name],
+                        source="ours",
+                        **{side: 0.0},
+                    )
+        return findings
 
     def _metrics(
         self,
@@ -220,18 +222,15 @@ class Report:
         undefined: int,
         names: Sequence[str],
         comparison: Sequence[Mapping[str, Any]],
-        findings: Sequence[Finding],
+        findings: Mapping[tuple[str, str, str], Finding],
         correlations: Sequence[Mapping[str, Any]],
     ) -> list[str]:
-        verdicts = dict(
-            zip(
-                ((name, protocol) for name in _CLAIMED for protocol in self.protocols),
-                findings,
-                strict=True,
-            )
-        )
         notes = [
-            in_words(verdicts, comparison, correlations),
+            in_words(findings, comparison, correlations),
+            "Neither measure is neutral: two tokens that do not belong together end two matches "
+            "when they are taken out, two that do end one, which favours random pairs in deletion; "
+            "two texts of the same few words score high, which favours pairs of equal words in "
+            "insertion.",
             f"{self._n(ATTRIBUTION)} text pairs at layer {self.layer}; `mean` is the mean state of "
             "the sample's tokens at that layer.",
             f"Seconds are of one pair at a time on this machine; those of attribution of "

@@ -14,106 +14,115 @@ _CLOSE = 0.7  # of a rank correlation: half of the variance of ranks in common
 
 
 def in_words(
-    verdicts: Mapping[tuple[str, str], Finding],
+    findings: Mapping[tuple[str, str, str], Finding],
     comparison: Sequence[Mapping[str, Any]],
     correlations: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return a paragraph whose sentences are chosen by the verdicts.
 
     Args:
-        verdicts: The finding by baseline ("random", "gradient_times_input", "leave_one_out") and
-            protocol: attribution's area of deletion minus the baseline's, claimed to be below 0.
+        findings: By baseline ("random", "gradient_times_input", "leave_one_out"), measure
+            ("deletion", "insertion") and protocol: that attribution is the better order.
         comparison: Rows of that table: areas and costs by protocol and baseline.
         correlations: Rows of the table of interactions.
     """
     return " ".join(
         [
-            _random(_by_verdict(verdicts, "random")),
-            _other(verdicts, comparison, "leave_one_out", "leave-one-out interactions"),
-            _other(verdicts, comparison, "gradient_times_input", "gradient × input"),
+            _random(findings),
+            _other(findings, comparison, "leave_one_out", "leave-one-out interactions"),
+            _other(findings, comparison, "gradient_times_input", "gradient × input"),
             _best(comparison),
             _interactions(correlations),
         ]
     )
 
 
-def _by_verdict(verdicts: Mapping[tuple[str, str], Finding], name: str) -> dict[str, list[str]]:
-    """Return the protocols of each verdict on a baseline."""
+def _by_verdict(
+    findings: Mapping[tuple[str, str, str], Finding], name: str
+) -> dict[str, list[str]]:
+    """Return what gave each verdict on a baseline, in words with sizes."""
     found: dict[str, list[str]] = {"confirmed": [], "contradicted": [], "undecided": []}
-    for (baseline, protocol), finding in verdicts.items():
+    for (baseline, measure, protocol), finding in findings.items():
         if baseline == name:
-            found[finding.verdict].append(protocol)
+            size = abs(finding.interval.estimate)
+            by = "less than 0.001" if size < 1e-3 else f"{size:.3f}"
+            is_open = finding.verdict == "undecided"
+            text = f"{measure}/{protocol}" + ("" if is_open else f" (by {by})")
+            found[finding.verdict].append(text)
     return found
 
 
-def _random(found: Mapping[str, Sequence[str]]) -> str:
+def _random(findings: Mapping[tuple[str, str, str], Finding]) -> str:
+    found = _by_verdict(findings, "random")
     better, worse, open_ = found["confirmed"], found["contradicted"], found["undecided"]
     if better and not worse and not open_:
         return (
-            "For a user: the token pairs with the largest attributions matter to the score, since "
-            "taking them out lowers it more than taking out random ones, whatever stands for an "
-            f"absent token ({_listed(better)})."
+            "For a user: the token pairs with the largest attributions matter to the score more "
+            "than random ones, whether they are taken out or put in and whatever stands for an "
+            f"absent token: {_listed(better)}."
         )
     if better:
-        return (
-            "For a user: whether the token pairs with the largest attributions matter to the score "
-            "more than random ones depends on what stands for an absent token: they do with "
-            f"{_listed(better)}, which was not shown with {_listed([*worse, *open_])}."
+        text = (
+            "For a user: that the token pairs with the largest attributions matter to the score "
+            "more than random ones depends on how one asks. They do by " + _listed(better)
         )
+        text += f"; random ones do more by {_listed(worse)}" if worse else ""
+        return text + (f"; no difference is shown by {_listed(open_)}." if open_ else ".")
     if worse:
         return (
-            "For a user: do not take large attributions for what the score would lose. Taking "
-            f"random pairs out lowers it more with {_listed(worse)}."
+            "For a user: do not take large attributions for what the score hangs on. Random pairs "
+            f"matter more by {_listed(worse)}, and attribution is better by no measure."
         )
     return (
-        "For a user: on these pairs it is not shown that taking out the token pairs with the "
-        "largest attributions lowers the score more than taking out random ones."
+        "For a user: on these pairs it is not shown, by any measure, that the token pairs with the "
+        "largest attributions matter to the score more than random ones."
     )
 
 
 def _other(
-    verdicts: Mapping[tuple[str, str], Finding],
+    findings: Mapping[tuple[str, str, str], Finding],
     comparison: Sequence[Mapping[str, Any]],
     name: str,
     called: str,
 ) -> str:
     """Say which of attribution and another method is the better order, and at which cost."""
-    found = _by_verdict(verdicts, name)
-    sizes = {
-        protocol: abs(finding.interval.estimate)
-        for (baseline, protocol), finding in verdicts.items()
-        if baseline == name
-    }
+    found = _by_verdict(findings, name)
     parts = []
     if found["confirmed"]:
-        parts.append(f"attribution is the better order with {_sized(found['confirmed'], sizes)}")
+        parts.append(f"attribution is the better order by {_listed(found['confirmed'])}")
     if found["contradicted"]:
-        parts.append(f"{called} are the better order with {_sized(found['contradicted'], sizes)}")
+        parts.append(f"attribution is the worse order by {_listed(found['contradicted'])}")
     if found["undecided"]:
-        parts.append(f"no difference is shown with {_listed(found['undecided'])}")
+        parts.append(f"no difference is shown by {_listed(found['undecided'])}")
     cost = "a pair takes " + " and ".join(
         f"{_seconds(comparison, method):.2g} s by {word}"
         for method, word in ((_OURS, "attribution"), (name, called))
     )
-    text = f"Against {called}, " + ", ".join(parts) + f"; {cost}."
+    text = f"Against {called}, {', '.join(parts)}; {cost}."
     if found["contradicted"] and not found["confirmed"]:
         text += (
-            f" Whoever only asks what the score does when tokens go is better served by {called}; "
-            "what they do not give is a split that sums to the score."
+            f" Who only asks what the score does when tokens go is better served by {called}; what "
+            "attribution has beyond that is a split that sums to the score."
         )
     return text
 
 
 def _best(comparison: Sequence[Mapping[str, Any]]) -> str:
-    """Name the method of the smallest area of deletion of each protocol."""
-    parts = []
-    for protocol in dict.fromkeys(row["protocol"] for row in comparison):
-        rows = [row for row in comparison if row["protocol"] == protocol]
-        best = min(rows, key=lambda row: row["deletion"])
-        ours = next(row for row in rows if row["baseline"] == _OURS)
-        part = f"`{best['baseline']}` with {protocol} ({best['deletion']:.3f}"
-        parts.append(part + (")" if best is ours else f"; attribution {ours['deletion']:.3f})"))
-    return f"The smallest score is left by {_listed(parts)}."
+    """Name the method of the best area of each measure and protocol."""
+    sentences = []
+    for measure, choose, said in (
+        ("deletion", min, "The smallest scores are left by"),
+        ("insertion", max, "The largest are put in by"),
+    ):
+        parts = []
+        for protocol in dict.fromkeys(row["protocol"] for row in comparison):
+            rows = [row for row in comparison if row["protocol"] == protocol]
+            best = choose(rows, key=lambda row: row[measure])
+            ours = next(row for row in rows if row["baseline"] == _OURS)
+            other = "" if best is ours else f"; attribution {ours[measure]:.3f}"
+            parts.append(f"`{best['baseline']}` with {protocol} ({best[measure]:.3f}{other})")
+        sentences.append(f"{said} {_listed(parts)}.")
+    return " ".join(sentences)
 
 
 def _interactions(correlations: Sequence[Mapping[str, Any]]) -> str:
@@ -139,10 +148,6 @@ def _interactions(correlations: Sequence[Mapping[str, Any]]) -> str:
 
 def _seconds(comparison: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(next(row["seconds"] for row in comparison if row["baseline"] == name))
-
-
-def _sized(protocols: Sequence[str], sizes: Mapping[str, float]) -> str:
-    return _listed([f"{protocol} (by {sizes[protocol]:.3f} of score)" for protocol in protocols])
 
 
 def _listed(names: Sequence[str]) -> str:
