@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import planted
@@ -19,7 +19,9 @@ from xsiam.analysis import Context, NotApplicableError, get_analysis
 from xsiam.analysis.base import AnalysisResult
 from xsiam.analysis.baselines import BASELINES, PairCase, baseline, explain, shapley_budget
 from xsiam.analysis.faithfulness_report import SHARES
+from xsiam.analysis.faithfulness_words import in_words
 from xsiam.analysis.ground_truth import planted_table, precision_at_planted
+from xsiam.analysis.statistics import Finding, Interval
 from xsiam.config import AnalysisConfig
 from xsiam.pairs import PairDataset
 from xsiam.perturbation import Absence
@@ -373,3 +375,45 @@ def test_costly_pairs_are_a_sample_of_the_sample(encoder: SiameseEncoder, tmp_pa
     assert pairs != [*TEXTS[:4]]  # rows of a file are often sorted by where they are from
     everything = context_of(encoder, TEXTS, tmp_path, n_costly_pairs=50).costly_pairs()
     assert everything.texts_a == [a for a, _ in TEXTS]
+
+
+# -- words --------------------------------------------------------------------------------------
+
+
+def said(verdict: str, estimate: float, best: str = "attribution") -> str:
+    """Return the paragraph where all findings have one verdict."""
+    found = Interval(estimate, estimate - 0.01, estimate + 0.01, 9)
+    findings = {
+        (name, measure, "mask"): Finding("", "ours", cast("Any", verdict), "", found, 0.0)
+        for name in ("random", "leave_one_out", "gradient_times_input")
+        for measure in ("deletion", "insertion")
+    }
+    names = ("attribution", "random", "leave_one_out", "gradient_times_input")
+    rows = [
+        {
+            "protocol": "mask",
+            "baseline": name,
+            "seconds": 1.5,
+            "deletion": 0.2 if name == best else 0.5,
+            "insertion": 0.9 if name == best else 0.5,
+        }
+        for name in names
+    ]
+    entries = {"protocol": "mask", "baseline": "attribution", "raw": 0.8, "centred": 0.9}
+    return in_words(findings, rows, [entries])
+
+
+def test_words_follow_the_verdicts() -> None:
+    better = said("confirmed", 0.05)
+    assert "matter to the score more than random ones, whether they are taken out" in better
+    assert "attribution is the better order by deletion/mask (by 0.050)" in better
+    assert "better served" not in better
+    assert "The smallest scores are left by `attribution` with mask (0.200)." in better
+    worse = said("contradicted", -0.05, best="leave_one_out")
+    assert "do not take large attributions for what the score hangs on" in worse
+    assert "is better served by leave-one-out interactions" in worse
+    assert "by `leave_one_out` with mask (0.200; attribution 0.500)" in worse
+    open_ = said("undecided", 0.0)
+    assert "it is not shown, by any measure" in open_
+    assert "no difference is shown by deletion/mask and insertion/mask" in open_
+    assert "entries go closely with how the score changes" in open_
