@@ -145,7 +145,8 @@ class Report:
             for name in names:
                 costs = self.measured.costs[protocol, name]
                 times = [cost.seconds for cost in costs if cost.seconds is not None]
-                row: dict[str, Any] = {"protocol": protocol, "baseline": name, "n": len(costs)}
+                row: dict[str, Any] = {"layer": self.layer, "protocol": protocol}
+                row |= {"baseline": name, "n": len(costs)}
                 for measure in MEASURES:
                     found = differences.get((protocol, measure, name))
                     row[measure] = known[protocol, measure, name]
