@@ -34,21 +34,16 @@ from typing import Any
 import numpy as np
 import torch
 from convergence import parse_layers
-from faithfulness import (
-    PROTOCOLS,
-    centred,
-    correlation,
-    deletion,
-    interactions,
-    mean_state,
-)
+from faithfulness import deletion
 from machine import facts
 from reference_pictures import draw, interval
 from results import replace_text
 
 from xsiam import ConvergenceWarning, PairAttribution, PairAttributor, SiameseEncoder
+from xsiam.analysis.matrices import centred, correlation, own_entries
 from xsiam.metrics import pearson, spearman
 from xsiam.pairs import PairDataset, load_pairs
+from xsiam.perturbation import PROTOCOLS, Absence, interactions, mean_state
 from xsiam.references import (
     FittedReference,
     MeanReference,
@@ -282,35 +277,30 @@ class Truth:
         layer: int,
     ) -> None:
         self._plain = plain
-        self._absent = mean_state(plain, list(dict.fromkeys(texts)), layer)
-        self._interactions = {
-            protocol: [interactions(plain, result, protocol, self._absent) for result in results]
-            for protocol in PROTOCOLS
-        }
+        state = mean_state(plain, list(dict.fromkeys(texts)), layer)
+        self._absences = [Absence(protocol, layer, state) for protocol in PROTOCOLS]
+        self._interactions = [
+            [interactions(plain, result, absence) for result in results]
+            for absence in self._absences
+        ]
 
     def compare(self, results: Sequence[PairAttribution]) -> dict[str, dict[str, list[float]]]:
         """Return correlations, raw and double-centred, and deletion, of every pair."""
         found = {}
-        for protocol, truth in self._interactions.items():
-            matrices = [own_entries(result).double() for result in results]
-            found[protocol] = {
+        matrices = [own_entries(result) for result in results]
+        for absence, truth in zip(self._absences, self._interactions, strict=True):
+            found[absence.protocol] = {
                 "raw": [correlation(m, t) for m, t in zip(matrices, truth, strict=True)],
                 "centred": [
                     correlation(centred(m), centred(t))
                     for m, t in zip(matrices, truth, strict=True)
                 ],
                 "deletion": [
-                    deletion(self._plain, result, matrix, protocol, self._absent)
+                    deletion(self._plain, result, matrix, absence)
                     for result, matrix in zip(results, matrices, strict=True)
                 ],
             }
         return found
-
-
-def own_entries(result: PairAttribution) -> torch.Tensor:
-    """Return the matrix without special tokens."""
-    rows, columns = ~torch.tensor(result.special_mask_a), ~torch.tensor(result.special_mask_b)
-    return result.matrix[rows][:, columns]
 
 
 def agreement(one: PairAttribution, other: PairAttribution) -> float:

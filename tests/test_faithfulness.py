@@ -12,6 +12,8 @@ import torch
 from models import TEXTS, tiny_folder, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
+from xsiam.analysis.matrices import centred, correlation
+from xsiam.perturbation import Absence, interactions, mean_state
 from xsiam.split import evaluation_mode
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -20,7 +22,7 @@ if not BENCHMARKS.is_dir():  # an installed copy has none
 sys.path.insert(0, str(BENCHMARKS))
 
 import references  # noqa: E402
-from faithfulness import centred, correlation, deletion, interactions, mean_state  # noqa: E402
+from faithfulness import deletion  # noqa: E402
 
 A, B = ["small", "dog", "runs"], ["cat", "in", "a", "house"]
 
@@ -34,7 +36,7 @@ def without(words: list[str], place: int, protocol: str) -> str:
 def test_interactions_are_differences_of_scores(protocol: str) -> None:
     encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="cos")
     result = PairAttributor(encoder, 2).attribute(" ".join(A), " ".join(B))
-    found = interactions(encoder, result, protocol, torch.zeros(32))
+    found = interactions(encoder, result, Absence(protocol))
     for i in range(len(A)):
         for j in range(len(B)):
             a, b = without(A, i, protocol), without(B, j, protocol)
@@ -59,7 +61,7 @@ def test_mean_states_take_the_places_of_states() -> None:
             less.append(encoder.split.tail(features, 1, changed)[0])
     assert torch.allclose(absent, torch.cat(states).mean(0))
     result = PairAttributor(encoder, 1).attribute(" ".join(A), " ".join(B))
-    found = interactions(encoder, result, "mean", absent)[1, 3]
+    found = interactions(encoder, result, Absence("mean", 1, absent))[1, 3]
     expected = (whole[0] - less[0]) @ (whole[1] - less[1])  # a dot product has this interaction
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
 
@@ -69,7 +71,7 @@ def test_what_is_deleted_is_scored_again() -> None:
     result = PairAttributor(encoder, 2).attribute(" ".join(A), " ".join(B))
     order = torch.zeros(len(A), len(B))
     order[1, 2], order[0, 0] = 2.0, 1.0
-    found = deletion(encoder, result, order, "drop", torch.zeros(32))
+    found = deletion(encoder, result, order, Absence("drop"))
     first, second = encoder.score(["small runs", "runs"], ["cat in house", "in house"]).tolist()
     assert found == pytest.approx((first + second) / 2, abs=1e-9)
 

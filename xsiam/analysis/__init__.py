@@ -20,9 +20,11 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
+from xsiam.analysis.faithfulness import Faithfulness
 from xsiam.analysis.lexical_bias import LexicalBias
 from xsiam.analysis.mitigation import Mitigation
 from xsiam.analysis.negation import Negation
+from xsiam.analysis.randomisation import Randomisation
 from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
@@ -37,6 +39,7 @@ __all__ = [
     "AnalysisResult",
     "Concentration",
     "Context",
+    "Faithfulness",
     "Finding",
     "Interval",
     "LexicalBias",
@@ -45,6 +48,7 @@ __all__ = [
     "Negation",
     "NotApplicableError",
     "Plan",
+    "Randomisation",
     "ResultTable",
     "RetrievalMargins",
     "Syntax",

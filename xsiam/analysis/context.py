@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xsiam.accuracy import sample_pairs
 from xsiam.analysis.base import MODEL, NotApplicableError, VectorRequest
 from xsiam.analysis.parsing import ParsedText, load_parser, parse_texts
 from xsiam.analysis.probe_sets import ProbeSet, load_probes
@@ -171,6 +172,15 @@ class Context:
     def pair_attributions(self, model: str, layer: int) -> list[PairAttribution]:
         """Return the attributions of the sampled pairs, in their order."""
         return self.attributions(model, layer, self.pairs.texts_a, self.pairs.texts_b)
+
+    def costly_pairs(self) -> PairDataset:
+        """Return the pairs for what evaluates the model many times a pair, drawn from the sample.
+
+        They are `analysis.n_costly_pairs`, the same for all analyses.
+        """
+        wanted = self.settings
+        rows = sample_pairs(len(self.pairs), wanted.n_costly_pairs, wanted.seed)
+        return self.pairs.select(rows)
 
     def _opened(self, key: Key) -> tuple[TokenVectorIndex, dict[str, int]]:
         if key not in self._indices:
