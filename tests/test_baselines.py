@@ -81,7 +81,7 @@ def test_matrices_of_the_planted_model_are_the_closed_form(
         exact = exact_matrix(text_a, text_b)
         assert np.abs(result.matrix.numpy() - exact).max() < 1e-6
         assert result.score == pytest.approx(exact.sum(), abs=1e-9)
-        strongest = {(pair.i, pair.j) for pair in result.top_pairs(len(planted.PLANTED))}
+        strongest = {(pair.i, pair.j) for pair in result.top_pairs(len(planted_encoder.PLANTED))}
         assert strongest == set(planted_places(text_a, text_b))
 
 
