@@ -5,6 +5,8 @@ is drawn (`plot`). They share a `Context`: pairs, models and attributions, each 
 once.
 """
 
+from xsiam.analysis.accuracy import Accuracy
+from xsiam.analysis.agreement import Agreement
 from xsiam.analysis.base import (
     ANALYSES,
     AbstractAnalysis,
@@ -18,6 +20,8 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
+from xsiam.analysis.performance import Performance
+from xsiam.analysis.reference_terms import ReferenceTerms
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
@@ -25,6 +29,8 @@ from xsiam.analysis.summary import summary_of
 __all__ = [
     "ANALYSES",
     "AbstractAnalysis",
+    "Accuracy",
+    "Agreement",
     "AnalysisResult",
     "Concentration",
     "Context",
@@ -32,7 +38,9 @@ __all__ = [
     "Interval",
     "Needs",
     "NotApplicableError",
+    "Performance",
     "Plan",
+    "ReferenceTerms",
     "ResultTable",
     "VectorRequest",
     "get_analysis",

@@ -55,6 +55,7 @@ class Needs:
 
     Attributes:
         models: Names of models, of those above.
+        optional: Names of models that it compares with where they are given.
         shift: Whether the model has to have a reference shift.
         labels: Whether the pairs have to have labels.
         parser: Whether texts are parsed with spaCy.
@@ -64,6 +65,7 @@ class Needs:
     """
 
     models: tuple[str, ...] = (MODEL,)
+    optional: tuple[str, ...] = ()
     shift: bool = False
     labels: bool = False
     parser: bool = False

@@ -17,10 +17,11 @@ from xsiam.attribution import PairAttributor
 from xsiam.combination import combine
 from xsiam.config import AnalysisConfig
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import ConvergenceWarning
+from xsiam.errors import ConvergenceWarning, ModelError
 from xsiam.index import TokenVectorIndex
 from xsiam.index_building import describe
 from xsiam.pairs import PairDataset
+from xsiam.reading import TokenVectors
 from xsiam.result import PairAttribution
 
 __all__ = ["Context"]
@@ -68,7 +69,8 @@ class Context:
         """Return a model by name, loaded when it is first asked for.
 
         Raises:
-            NotApplicableError: If the configuration names none.
+            NotApplicableError: If the configuration names none, or a reference that is tried on it
+                does not do for it.
         """
         if name == MODEL:
             return self.encoder
@@ -81,8 +83,24 @@ class Context:
                 )
             if not reference and kind.startswith("un"):
                 reference = "pad"  # the published approximation
-            self._encoders[name] = self.load(checkpoint, reference or None)
+            try:
+                self._encoders[name] = self.load(checkpoint, reference or None)
+            except ModelError as error:
+                if name == kind:
+                    raise
+                raise NotApplicableError(f"`{reference}` does not do for it: {error}") from error
         return self._encoders[name]
+
+    def available(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return which of some models can be had, and lines that say why others cannot."""
+        found, reasons = [], []
+        for name in names:
+            try:
+                self.model(name)
+                found.append(name)
+            except NotApplicableError as error:
+                reasons.append(f"`{name}` is left out: {error}.")
+        return found, reasons
 
     def attributor(self, model: str, layer: int) -> PairAttributor:
         """Return the attributor of a model at a layer."""
@@ -135,6 +153,13 @@ class Context:
             )
             for a, b in zip(texts_a, texts_b, strict=True)
         ]
+
+    def vectors(
+        self, model: str, layer: int, texts: Sequence[str], side: int
+    ) -> list[TokenVectors]:
+        """Return the token vectors of texts that were requested, as first (0) or second (1)."""
+        index, places = self._opened((model, layer, self.roles[side]))
+        return [index.token_vectors(places[text]) for text in texts]
 
     def requests(
         self,

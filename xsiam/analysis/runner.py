@@ -144,7 +144,7 @@ def _check_needs(analysis: AbstractAnalysis, context: Context) -> None:
         raise NotApplicableError(
             f"it needs {needs.min_pairs} pairs or more, but there are n = {len(context.pairs)}"
         )
-    for name in needs.models:
+    for name in (*needs.models, *context.available(needs.optional)[0]):
         encoder = context.model(name)
         for layer in context.layers:
             encoder.check_layer(layer, key="analysis.layers")

@@ -73,7 +73,7 @@ def settings_hash(analysis: AbstractAnalysis, context: Context) -> str:
     attributor = dict(context.attributor_settings)
     del attributor["memory_budget"]  # never changes numbers
     models = {}
-    for name in analysis.needs.models:
+    for name in (*analysis.needs.models, *context.available(analysis.needs.optional)[0]):
         encoder = context.model(name)
         models[name] = [
             *(encoder.model_fingerprint, encoder.similarity, encoder.shift),
