@@ -452,7 +452,7 @@ def test_refusals_come_before_work(
     error: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr(evaluation._Evaluation, "execute", lambda self: pytest.fail("too late"))
+    monkeypatch.setattr(evaluation._Evaluation, "measure", lambda self: pytest.fail("too late"))
     filled = [text.format(inputs=inputs, pairs=inputs / "pairs.csv") for text in overrides]
     with pytest.raises(error, match=message):
         evaluate(inputs, tmp_path / "run", "attribution.n_nodes=null", *filled)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from xsiam.index import TokenVectorIndex
     from xsiam.module import SiameseModule
+    from xsiam.ranking import RankingExplanation, explain_ranking
+    from xsiam.ranking_report import RankingReport, report_rankings
     from xsiam.result import PairAttribution
     from xsiam.spans import SpanAttribution, sentence_spans
     from xsiam.windows import LongAttribution, WindowedAttributor
@@ -41,6 +43,8 @@ __all__ = [
     "PairAttributor",
     "PairDataModule",
     "ProcessError",
+    "RankingExplanation",
+    "RankingReport",
     "SiameseEncoder",
     "SiameseModule",
     "SpanAttribution",
@@ -48,6 +52,8 @@ __all__ = [
     "TruncationWarning",
     "WindowedAttributor",
     "__version__",
+    "explain_ranking",
+    "report_rankings",
     "sentence_spans",
 ]
 
@@ -62,12 +68,16 @@ _MODULES = {
     "PairAttributor": "attribution",
     "PairDataModule": "data",
     "ProcessError": "errors",
+    "RankingExplanation": "ranking",
+    "RankingReport": "ranking_report",
     "SiameseEncoder": "encoder",
     "SiameseModule": "module",
     "SpanAttribution": "spans",
     "TokenVectorIndex": "index",
     "TruncationWarning": "errors",
     "WindowedAttributor": "windows",
+    "explain_ranking": "ranking",
+    "report_rankings": "ranking_report",
     "sentence_spans": "spans",
 }
 

@@ -1,4 +1,4 @@
-"""The `xsiam` command: train, evaluate, explain, index, upload.
+"""The `xsiam` command: train, evaluate, explain, rank, index, upload.
 
 Only the standard library is imported here, so that ``xsiam --help`` answers at once; each command
 imports what it needs.
@@ -19,6 +19,7 @@ from xsiam import __version__
 
 if TYPE_CHECKING:
     from xsiam.attribution import PairAttributor
+    from xsiam.index import TokenVectorIndex
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -26,7 +27,9 @@ _DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user error, 130 after Ctrl-C.
+    """Run a command and return its exit code.
+
+    It is 0, 1 where an analysis has failed, 2 for a user error, 130 after Ctrl-C.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
         with _own_warnings():
-            arguments.run(arguments)
+            code: int | None = arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_explain(commands)
+    _add_rank(commands)
     _add_fit_reference(commands)
     _add_upload(commands)
     index_commands = _add_index(commands)
@@ -102,6 +106,35 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write the result")
     explain.add_argument("--top", type=int, default=5, help="strongest pairs to list (default: 5)")
     explain.set_defaults(run=_explain)
+
+
+def _add_rank(commands: Any) -> None:
+    rank = commands.add_parser(
+        "rank",
+        help="rank documents for a query, and split what lifts one above another over tokens",
+        description="Print a ranking, and which tokens of the query decide each comparison.",
+    )
+    rank.add_argument("--query", required=True)
+    source = rank.add_mutually_exclusive_group(required=True)
+    source.add_argument("--documents", type=Path, metavar="FILE", help="one a line, UTF-8")
+    source.add_argument(
+        "--index",
+        type=Path,
+        metavar="FOLDER",
+        help="documents of an index, whose layer, reference, shift and similarity are taken",
+    )
+    _add_attributor(rank)
+    rank.add_argument("--relevant", help="ids, from 0, of documents that should be first: 3 or 3,5")
+    rank.add_argument(
+        "--against",
+        help="what documents are compared with: below, above, relevant or an id "
+        "(default: relevant where one is named, else below)",
+    )
+    rank.add_argument("--top", type=int, default=10, help="documents to explain (default: 10)")
+    rank.add_argument("--role-query", default="auto", help="query, document or a prompt's name")
+    rank.add_argument("--role-documents", default="auto")
+    rank.add_argument("--html", type=Path, metavar="FILE.html", help="write a page")
+    rank.set_defaults(run=_rank)
 
 
 def _add_attributor(command: argparse.ArgumentParser) -> None:
@@ -220,7 +253,7 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"TensorBoard      tensorboard --logdir {result.tensorboard_dir}")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> int:
     from xsiam.config import EvaluateConfig, load_config
 
     files, overrides = _split_settings(arguments.settings)
@@ -229,8 +262,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     _hide_loading_bars()
     result = run_evaluation(config)
-    if result is not None and result.failed:
-        raise SystemExit(1)
+    return 1 if result is not None and result.failed else 0
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -356,23 +388,61 @@ def _index_build(arguments: argparse.Namespace) -> None:
 
 
 def _index_explain(arguments: argparse.Namespace) -> None:
-    from xsiam.index import TokenVectorIndex
     from xsiam.report import print_attribution
 
-    ids = _read_ids(arguments.docs)
+    ids = _read_ids(arguments.docs, "--docs")
     _hide_loading_bars()
-    manifest = TokenVectorIndex.load(arguments.index).manifest
-    for name in ("layer", "shift", "similarity", "tolerance"):
-        setattr(arguments, name, getattr(manifest.settings, name))
-    arguments.reference = manifest.reference()
-    index = TokenVectorIndex(arguments.index, manifest, _attributor(arguments))
+    index = _open_index(arguments)
     for i, result in zip(ids, index.explain(arguments.query, ids, arguments.role), strict=True):
         print(f"text {i}: {result.text_b}")
         print_attribution(result, top=arguments.top)
         print()
 
 
-def _read_lines(path: Path) -> list[str]:
+def _open_index(arguments: argparse.Namespace) -> TokenVectorIndex:
+    """Open an index with an attributor of its own settings."""
+    from xsiam.index import TokenVectorIndex
+
+    manifest = TokenVectorIndex.load(arguments.index).manifest
+    for name in ("layer", "shift", "similarity", "tolerance"):
+        setattr(arguments, name, getattr(manifest.settings, name))
+    arguments.reference = manifest.reference()
+    return TokenVectorIndex(arguments.index, manifest, _attributor(arguments))
+
+
+def _rank(arguments: argparse.Namespace) -> None:
+    from xsiam.ranking import explain_ranking
+    from xsiam.report import print_ranking
+
+    relevant = () if arguments.relevant is None else _read_ids(arguments.relevant, "--relevant")
+    against = arguments.against
+    if against is not None and against.lstrip("-").isdigit():
+        against = int(against)
+    documents = None
+    if arguments.documents is not None:
+        documents = _read_lines(arguments.documents, "--documents")
+    _hide_loading_bars()
+    found = explain_ranking(
+        _open_index(arguments) if documents is None else _attributor(arguments),
+        arguments.query,
+        documents,
+        relevant=relevant,
+        against=against,
+        top_k=arguments.top,
+        role_query=arguments.role_query,
+        role_documents=arguments.role_documents,
+    )
+    if arguments.html is not None:
+        from xsiam.page import whole_page
+
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(whole_page(found.to_html(), found.query), encoding="utf-8")
+    print_ranking(found)
+    if arguments.html is not None:
+        print(f"page: {arguments.html}")
+
+
+def _read_lines(path: Path, option: str = "--texts") -> list[str]:
     """Read a file of one text a line."""
     from xsiam.errors import InputError
 
@@ -380,7 +450,7 @@ def _read_lines(path: Path) -> list[str]:
         texts = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"Expected `--texts` to be a file in UTF-8, but reading {str(path)!r} failed: {error}."
+            f"Expected `{option}` to be a file in UTF-8, but reading {str(path)!r} failed: {error}."
         ) from error
     for number, text in enumerate(texts, start=1):
         if not text.strip():
@@ -391,7 +461,7 @@ def _read_lines(path: Path) -> list[str]:
     return texts
 
 
-def _read_ids(value: str) -> list[int]:
+def _read_ids(value: str, option: str) -> list[int]:
     """Read ids such as "0,5"."""
     from xsiam.errors import InputError
 
@@ -399,7 +469,7 @@ def _read_ids(value: str) -> list[int]:
         return [int(part) for part in value.split(",")]
     except ValueError as error:
         raise InputError(
-            f"Expected `--docs` to be ids of texts such as 0,5, but got {value!r}."
+            f"Expected `{option}` to be ids of texts such as 0,5, but got {value!r}."
         ) from error
 
 

@@ -240,7 +240,7 @@ class TokenVectorIndex:
                 query is no text, or an id is out of range.
         """
         documents = [self.token_vectors(i) for i in doc_ids]
-        query, settings = self._query(query_text, role)
+        query, settings = self.read_query(query_text, role), self.query_settings
         return [combine(query, document, settings) for document in documents]
 
     def margin(self, query: str | int, doc_a: int, doc_b: int, role: str | None = None) -> Margin:
@@ -254,7 +254,7 @@ class TokenVectorIndex:
         """
         documents = self.token_vectors(doc_a), self.token_vectors(doc_b)
         if isinstance(query, str):
-            return margin_of(self._query(query, role)[0], *documents)
+            return margin_of(self.read_query(query, role), *documents)
         return margin_of(self.token_vectors(query), *documents)
 
     def directions(
@@ -275,6 +275,51 @@ class TokenVectorIndex:
         checked = check_directions(w, self.manifest.embedding_dim)
         chosen = range(len(self)) if ids is None else ids
         return [directions_of(self.token_vectors(i), checked) for i in chosen]
+
+    def read_query(self, text: str, role: str | None = None) -> TokenVectors:
+        """Integrate a query, or remember it.
+
+        Raises:
+            InputError: If the index was opened without an attributor, its model has changed, or
+                the query is no text.
+        """
+        attributor = self.attributor
+        self._check_attributor(attributor)  # the model may have been trained meanwhile
+        key = (text, role)
+        if key not in self._queries:
+            self._queries[key] = attributor.token_vectors([text], role)[0]
+            if len(self._queries) > _QUERIES:
+                self._queries.popitem(last=False)
+        self._queries.move_to_end(key)
+        return self._queries[key]
+
+    @property
+    def attributor(self) -> PairAttributor:
+        """What integrates queries.
+
+        Raises:
+            InputError: If the index was opened without.
+        """
+        if self._attributor is None:
+            raise InputError(
+                "Expected an attributor, which integrates queries, but this index was opened "
+                "without. Open it with `TokenVectorIndex.load(path, attributor)`."
+            )
+        return self._attributor
+
+    @property
+    def query_settings(self) -> Settings:
+        """What the results of queries have in common: the looser of both tolerances."""
+        tolerance = max(self.settings.tolerance, self.attributor.settings.tolerance)
+        return dataclasses.replace(self.settings, tolerance=tolerance)
+
+    def unit_embeddings(self) -> Tensor:
+        """Return ẽ / n of all texts, [n, K] float64, whose inner products with a query's score it.
+
+        n is what the model divides by. Token vectors are not read.
+        """
+        shards = map(self._shards.get, range(self.manifest.n_shards))
+        return torch.cat([s.rest["embedding"].double() / s.rest["norm"][:, None] for s in shards])
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -300,23 +345,6 @@ class TokenVectorIndex:
             part * (1 / (norm * other.norms[m]))
             for part, (other, m) in zip(parts, found, strict=True)
         ]
-
-    def _query(self, text: str, role: str | None) -> tuple[TokenVectors, Settings]:
-        """Integrate a query, or remember it; return it with the settings of its results."""
-        if self._attributor is None:
-            raise InputError(
-                "Expected an attributor, which integrates queries, but this index was opened "
-                "without. Open it with `TokenVectorIndex.load(path, attributor)`."
-            )
-        self._check_attributor(self._attributor)  # the model may have been trained meanwhile
-        key = (text, role)
-        if key not in self._queries:
-            self._queries[key] = self._attributor.token_vectors([text], role)[0]
-            if len(self._queries) > _QUERIES:
-                self._queries.popitem(last=False)
-        self._queries.move_to_end(key)
-        tolerance = max(self.settings.tolerance, self._attributor.settings.tolerance)
-        return self._queries[key], dataclasses.replace(self.settings, tolerance=tolerance)
 
     def _check_attributor(self, attributor: PairAttributor) -> None:
         """Raise InputError where an attributor's numbers do not go with those of the index."""

@@ -103,7 +103,7 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
 
 
 def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) -> Rule:
-    """Return the nodes to begin with, from the first paths of some groups.
+    """Return the nodes to begin with, from the paths of some groups.
 
     Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
     where. Each of them proposes a rule. A text that a rule does not do for is evaluated again with
@@ -113,14 +113,18 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
     proposed, curves = [], []
     budget = min(max_nodes, _MOST_PROBED)
     for group in groups:
-        text = PathPanels(0, tolerance, budget, [_whole(group, 0, gauss(FIRST_ORDER))])
-        plan(group, [text], None)
-        allowed = _FIRST_SHARE * tolerance * text.scale
-        found = proposed_rule(text, text.root, max_nodes, allowed)
-        if found is None or text.worst_panels():
-            return gauss(FIRST_ORDER)
-        proposed.append(found)
-        curves.append((fitted_curve(text, text.root), allowed))
+        plain = gauss(FIRST_ORDER)
+        texts = [
+            PathPanels(i, tolerance, budget, [_whole(group, i, plain)]) for i in range(group.size)
+        ]
+        plan(group, texts, None)
+        for text in texts:
+            allowed = _FIRST_SHARE * tolerance * text.scale
+            found = proposed_rule(text, text.root, max_nodes, allowed)
+            if found is None or text.worst_panels():
+                return plain
+            proposed.append(found)
+            curves.append((fitted_curve(text, text.root), allowed))
 
     def cost(rule: Rule) -> float:
         again = [

@@ -6,12 +6,76 @@ Both follow from token vectors alone: ẽ(x) = ẽ(r_x) + Σ_s G_x[:, s], up to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xsiam.errors import InputError
 from xsiam.reading import TokenVectors
+
+
+class ScoreParts(NamedTuple):
+    """The parts of a score by kind, in its units; with the residual they sum to it.
+
+    Attributes:
+        pairs: Sum of the attribution matrix.
+        main_effects_query: Sum of the main effects of the query's tokens.
+        main_effects_document: Sum of those of the document's tokens.
+        intercept: What the two references score.
+    """
+
+    pairs: float
+    main_effects_query: float
+    main_effects_document: float
+    intercept: float
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreSplit:
+    """One score of a query with a document, split over the tokens of either, units of the score.
+
+    With the normaliser n = |ẽ(q)||ẽ(d)| (1 for a plain dot product)::
+
+        query_tokens[i]    = G_q[:, i]·(ẽ(r_d) + Σ_j G_d[:, j]) / n
+        query_rest         = ẽ(r_q)·(ẽ(r_d) + Σ_j G_d[:, j]) / n
+        document_tokens[j] = G_d[:, j]·(ẽ(r_q) + Σ_i G_q[:, i]) / n
+        document_rest      = ẽ(r_d)·(ẽ(r_q) + Σ_i G_q[:, i]) / n
+
+        score = query_tokens.sum() + query_rest + residual
+              = document_tokens.sum() + document_rest + residual
+              = sum(parts) + residual
+
+    These are three splits of one number: do not add them. The difference of the splits of two
+    documents is their :class:`Margin`.
+
+    Attributes:
+        query_tokens: [S_q] float64: row sums of the matrix with the query's main effects.
+        query_rest: What does not depend on the query's tokens.
+        document_tokens: [S_d] float64: column sums with the document's main effects.
+        document_rest: What does not depend on the document's tokens.
+        parts: The score by kind.
+        score: The model's own score, from the embeddings.
+        residual: What quadrature and storage left over.
+        names_query: The tokens of the query, as strings.
+        names_document: Those of the document.
+        completeness_error: Of the worse text.
+        token_error: Of the worse text.
+        converged: Whether both texts met the tolerance.
+    """
+
+    query_tokens: Tensor
+    query_rest: float
+    document_tokens: Tensor
+    document_rest: float
+    parts: ScoreParts
+    score: float
+    residual: float
+    names_query: tuple[str, ...]
+    names_document: tuple[str, ...]
+    completeness_error: float
+    token_error: float
+    converged: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,29 +166,57 @@ class DirectionContributions:
     converged: bool
 
 
-def margin_of(query: TokenVectors, a: TokenVectors, b: TokenVectors) -> Margin:
-    """Split score(q, a) − score(q, b) as :class:`Margin` states."""
-    n_a, n_b = query.norm * a.norm, query.norm * b.norm
-    whole_q, whole_a, whole_b = (t.reference_embedding + t.vectors.sum(1) for t in (query, a, b))
-    toward = whole_a / n_a - whole_b / n_b
-    query_tokens = query.vectors.T @ toward
-    query_rest = float(query.reference_embedding @ toward)
-    total = float(query.embedding @ a.embedding) / n_a - float(query.embedding @ b.embedding) / n_b
-    return Margin(
+def split_of(query: TokenVectors, document: TokenVectors) -> ScoreSplit:
+    """Split score(q, d) as :class:`ScoreSplit` states."""
+    n = query.norm * document.norm
+    sum_q, sum_d = query.vectors.sum(1), document.vectors.sum(1)
+    reference_q, reference_d = query.reference_embedding, document.reference_embedding
+    query_tokens = query.vectors.T @ (reference_d + sum_d) / n
+    query_rest = float(reference_q @ (reference_d + sum_d)) / n
+    score = float(query.embedding @ document.embedding) / n
+    return ScoreSplit(
         query_tokens=query_tokens,
         query_rest=query_rest,
-        tokens_a=a.vectors.T @ whole_q / n_a,
-        tokens_b=-(b.vectors.T @ whole_q) / n_b,
-        documents_rest=float(whole_q @ (a.reference_embedding / n_a - b.reference_embedding / n_b)),
-        total=total,
-        residual=total - float(query_tokens.sum()) - query_rest,
+        document_tokens=document.vectors.T @ (reference_q + sum_q) / n,
+        document_rest=float((reference_q + sum_q) @ reference_d) / n,
+        parts=ScoreParts(
+            pairs=float(sum_q @ sum_d) / n,
+            main_effects_query=float(sum_q @ reference_d) / n,
+            main_effects_document=float(sum_d @ reference_q) / n,
+            intercept=float(reference_q @ reference_d) / n,
+        ),
+        score=score,
+        residual=score - float(query_tokens.sum()) - query_rest,
         names_query=query.tokens,
-        names_a=a.tokens,
-        names_b=b.tokens,
-        completeness_error=max(t.completeness_error for t in (query, a, b)),
-        token_error=max(t.token_error for t in (query, a, b)),
-        converged=query.converged and a.converged and b.converged,
+        names_document=document.tokens,
+        completeness_error=max(query.completeness_error, document.completeness_error),
+        token_error=max(query.token_error, document.token_error),
+        converged=query.converged and document.converged,
     )
+
+
+def margin_between(a: ScoreSplit, b: ScoreSplit) -> Margin:
+    """Return why one query scores document a above document b: the difference of both splits."""
+    return Margin(
+        query_tokens=a.query_tokens - b.query_tokens,
+        query_rest=a.query_rest - b.query_rest,
+        tokens_a=a.document_tokens,
+        tokens_b=-b.document_tokens,
+        documents_rest=a.document_rest - b.document_rest,
+        total=a.score - b.score,
+        residual=a.residual - b.residual,
+        names_query=a.names_query,
+        names_a=a.names_document,
+        names_b=b.names_document,
+        completeness_error=max(a.completeness_error, b.completeness_error),
+        token_error=max(a.token_error, b.token_error),
+        converged=a.converged and b.converged,
+    )
+
+
+def margin_of(query: TokenVectors, a: TokenVectors, b: TokenVectors) -> Margin:
+    """Split score(q, a) − score(q, b) as :class:`Margin` states."""
+    return margin_between(split_of(query, a), split_of(query, b))
 
 
 def directions_of(text: TokenVectors, w: Tensor) -> DirectionContributions:

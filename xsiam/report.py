@@ -1,10 +1,12 @@
-"""Attributions as console tables: a bordered, coloured matrix and the strongest token pairs."""
+"""Attributions and rankings as console tables, coloured."""
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
@@ -13,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from xsiam.result import PairAttribution
+
+if TYPE_CHECKING:
+    from xsiam.ranking import RankingExplanation
 
 MEANING = (
     "An entry belongs to the two contextualised positions that enter block {layer}, "
@@ -103,6 +108,94 @@ def print_attribution(result: PairAttribution, *, top: int = 5) -> None:
     console.print(render_attribution(result, width=console.width, top=top))
 
 
+def render_ranking(found: RankingExplanation, *, width: int) -> RenderableType:
+    """Return a ranking, and which query tokens decide each comparison, for a console.
+
+    Args:
+        found: The ranking.
+        width: Of the console; comparisons are cut into blocks of columns that fit it.
+    """
+    settings = found.settings
+    state = "" if found.converged else " NOT CONVERGED."
+    parts: list[RenderableType] = [Text(f"query: {found.query}"), ranking_table(found)]
+    if found.comparisons:
+        parts.append(
+            Text(
+                "\nWhat each token of the query adds to the margin (score of the first minus score "
+                "of the second; positive lifts the first):"
+            )
+        )
+        parts += margin_tables(found, width=width)
+    parts.append(
+        Text(
+            f"{len(found.documents)} of {found.n_documents} documents; layer {settings.layer}, "
+            f"reference {settings.reference}, roles {found.role_query} and "
+            f"{found.role_documents}; completeness error {found.completeness_error:.1e}.{state}"
+        )
+    )
+    parts.append(Text(MEANING.format(layer=settings.layer), style="italic"))
+    return Group(*parts)
+
+
+def ranking_table(found: RankingExplanation) -> Table:
+    """Return the documents, best first; `=` marks equal scores, `*` relevant documents."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("rank", "id", "score"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_column("document")
+    for document in found.documents:
+        marks = "*" * document.relevant + "=" * document.tied
+        table.add_row(
+            *(str(document.rank), str(document.corpus_id), f"{document.score:.4f}"),
+            *(Text(marks), Text(document.text)),
+        )
+    return table
+
+
+def margin_tables(found: RankingExplanation, *, width: int) -> Iterator[Table]:
+    """Yield what the query's tokens add to each comparison, in blocks of columns that fit."""
+    margins = [comparison.margin for comparison in found.comparisons]
+    columns = [[*m.query_tokens.tolist(), m.query_rest, m.residual, m.total] for m in margins]
+    names = [*found.tokens, "rest", "residual", "margin"]
+    limit = max(*(float(m.query_tokens.abs().max()) for m in margins), 1e-12)
+    heads = [f"{c.corpus_id} - {c.rival_id}" for c in found.comparisons]
+    widths = [max(_CELL, cell_len(head)) + 1 for head in heads]
+    first_width = max(cell_len(_short(name)) for name in names) + 3
+    for block in _blocks(widths, width - first_width):
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column()
+        for j in block:
+            table.add_column(heads[j], justify="right", no_wrap=True)
+        for i, name in enumerate(names):
+            cells = [_cell(columns[j][i], limit) for j in block]
+            table.add_row(Text(_short(name), style="bold"), *cells)
+        yield table
+
+
+def ranking_text(found: RankingExplanation) -> str:
+    """Return a ranking as plain text."""
+    return _plain_text(render_ranking(found, width=_PLAIN_WIDTH), _PLAIN_WIDTH)
+
+
+def rows_text(rows: Sequence[Mapping[str, object]], title: str) -> str:
+    """Return a tidy table as plain text."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in rows[0]:
+        numbers = all(isinstance(row[name], int | float) or row[name] is None for row in rows)
+        table.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        cells = [_number(v) if isinstance(v, float) or v is None else str(v) for v in row.values()]
+        table.add_row(*map(Text, cells))
+    return _plain_text(table, _PLAIN_WIDTH)
+
+
+def print_ranking(found: RankingExplanation) -> None:
+    """Print a ranking to standard output."""
+    console = Console(highlight=False, markup=False)
+    console.print(render_ranking(found, width=console.width))
+
+
 def evaluation_table(metrics: Mapping[str, float], layers: Sequence[int]) -> Table:
     """Return a table of flat metrics: one column a layer, and one for what concerns all pairs.
 
@@ -150,6 +243,13 @@ def print_evaluation(
         console.print(table)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _plain_text(content: RenderableType, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _number(value: float | None) -> str:

@@ -22,6 +22,7 @@ from xsiam.analysis.concentration import Concentration
 from xsiam.analysis.context import Context
 from xsiam.analysis.performance import Performance
 from xsiam.analysis.reference_terms import ReferenceTerms
+from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
 from xsiam.analysis.summary import summary_of
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "ReferenceTerms",
     "ResultTable",
+    "RetrievalMargins",
     "VectorRequest",
     "get_analysis",
     "interval",

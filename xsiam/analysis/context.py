@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -154,12 +154,12 @@ class Context:
             for a, b in zip(texts_a, texts_b, strict=True)
         ]
 
-    def vectors(
-        self, model: str, layer: int, texts: Sequence[str], side: int
-    ) -> list[TokenVectors]:
-        """Return the token vectors of texts that were requested, as first (0) or second (1)."""
-        index, places = self._opened((model, layer, self.roles[side]))
-        return [index.token_vectors(places[text]) for text in texts]
+    def token_vectors(
+        self, model: str, layer: int, texts: Iterable[str], role: str | None
+    ) -> Iterator[TokenVectors]:
+        """Yield the token vectors of texts that were requested in that role."""
+        index, places = self._opened((model, layer, role))
+        return (index.token_vectors(places[text]) for text in texts)
 
     def requests(
         self,

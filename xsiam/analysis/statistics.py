@@ -116,9 +116,9 @@ def interval(
             rng=np.random.default_rng(seed),
             batch=max(1, 4_000_000 // n),
         )
+        estimate = float(statistic(*data))
     draws = found.bootstrap_distribution
     undefined = int((~np.isfinite(draws)).sum())
-    estimate = float(statistic(*data))
     if not math.isfinite(estimate) or undefined > 0.05 * n_resamples:
         raise NotApplicableError(
             f"the statistic is undefined on {undefined} of {n_resamples} resamples of n = {n}"
