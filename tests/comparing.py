@@ -72,7 +72,10 @@ def context_of(
         layers=tuple(layers),
         folder=folder,
         attributor_settings={
-            "tolerance": 1e-3, "max_nodes": 1024, "memory_budget": None, **(attributor or {})
+            "tolerance": 1e-3,
+            "max_nodes": 1024,
+            "memory_budget": None,
+            **(attributor or {}),
         },
         load=load,
     )

@@ -45,9 +45,7 @@ def test_errors_without_token_vectors_are_those_of_attributions() -> None:
 
 
 def test_errors_of_fixed_rules_in_roles_and_with_dot() -> None:
-    model = SiameseEncoder(
-        encoder().model, similarity="dot", shift=True, reference="uniform"
-    )
+    model = SiameseEncoder(encoder().model, similarity="dot", shift=True, reference="uniform")
     model.model.prompts = {"query": "query : ", "document": ""}
     roles = ("query", None)
     (found,) = fixed_rule_errors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from comparing import PAIRS, answered, context_of, encoder
-from models import tiny_model
+from models import tiny_folder, tiny_model
 
 from xsiam.analysis import NotApplicableError, get_analysis
 from xsiam.analysis.agreement import agreement, other_tokens
@@ -27,9 +28,12 @@ from xsiam.analysis.comparison import (
 from xsiam.analysis.reference_terms import flags_of, histogram, summary, terms_of
 from xsiam.analysis.runner import Plan, _check_needs
 from xsiam.analysis.storage import settings_hash
+from xsiam.analysis.unmodified import layers_note, layers_of
 from xsiam.attribution import PairAttributor
+from xsiam.config import EvaluateConfig, load_config
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError
+from xsiam.evaluation import run_evaluation
 from xsiam.result import PairAttribution
 
 EXACT = 1e-12
@@ -39,9 +43,7 @@ TEXTS_A, TEXTS_B, LABELS = (list(column) for column in zip(*PAIRS, strict=True))
 
 def rows_of(result: AnalysisResult, table: str, **wanted: Any) -> list[Any]:
     """Return the rows of a table that hold some values."""
-    return [
-        row for row in result.tables[table].rows if all(row[k] == v for k, v in wanted.items())
-    ]
+    return [row for row in result.tables[table].rows if all(row[k] == v for k, v in wanted.items())]
 
 
 # -- statistics ---------------------------------------------------------------------------------
@@ -165,10 +167,11 @@ def test_performance_is_that_of_the_models_own_scores(tmp_path: Path) -> None:
 
 
 def test_a_model_loses_nothing_against_itself(tmp_path: Path) -> None:
-    others = {"unshifted": encoder(shift=True)}  # planted: the very same model
-    result = answered("performance", context_of(tmp_path, encoder(shift=True), others))
-    assert {row["estimate"] for row in result.tables["differences"].rows} == {0.0}
-    assert [finding.verdict for finding in result.findings] == ["confirmed"]
+    others = {"unmodified": encoder()}  # planted: the very same model
+    result = answered("performance", context_of(tmp_path, encoder(), others))
+    rows = result.tables["differences"].rows
+    assert len(rows) == 4
+    assert {row[name] for row in rows for name in ("estimate", "low", "high")} == {0.0}
 
 
 def test_a_model_without_shift_makes_no_claim_about_exactness(tmp_path: Path) -> None:
@@ -232,8 +235,7 @@ def test_agreement_by_hand() -> None:
 def test_agreement_is_undefined_without_variation_or_tokens() -> None:
     constant, other = attribution([[1, 1], [1, 1]]), attribution([[1, 2], [3, 4]])
     values = agreement(constant, other, "own")
-    assert values["spearman"] is values["pearson"] is None
-    assert values["top_5"] == 1
+    assert set(values.values()) == {None}
     empty = attribution([[1, 2]], ({0}, set()))
     assert set(agreement(empty, empty, "own").values()) == {None}
 
@@ -264,14 +266,16 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> AnalysisResult:
 def test_a_model_agrees_with_itself(compared: AnalysisResult) -> None:
     rows = rows_of(compared, "pairs", comparison="control with model")
     assert len(rows) == 2 * 2 * len(PAIRS)
+    statistics = ("spearman", "pearson", "top_5", "top_10")
     for row in rows:
-        for statistic in ("spearman", "pearson", "top_5", "top_10"):
-            assert row[statistic] == pytest.approx(1, abs=EXACT)
+        one_entry = row["pair"] == 1 and row["tokens"] == "own"  # "dog" and "cat"
+        expected = [None] * 4 if one_entry else pytest.approx([1] * 4, abs=EXACT)
+        assert [row[name] for name in statistics] == expected
 
 
 def test_within_one_set_of_weights_matrices_differ_by_a_scalar(compared: AnalysisResult) -> None:
     """What the note of equal weights says: agreement is 1 by construction."""
-    for row in rows_of(compared, "pairs", comparison="unshifted with model"):
+    for row in rows_of(compared, "pairs", comparison="unshifted with model", tokens="all"):
         assert row["pearson"] == pytest.approx(1, abs=1e-6)
         assert row["spearman"] > 0.99  # entries near zero change places by quadrature
     assert sum("unshifted with model: both have the same weights" in n for n in compared.notes) == 1
@@ -296,7 +300,9 @@ def test_other_weights_agree_less_and_by_the_matrices(compared: AnalysisResult) 
     (estimate,) = rows_of(
         compared, "intervals", comparison=name, layer=2, tokens="own", statistic="spearman"
     )
-    assert estimate["estimate"] == pytest.approx(np.mean([r["spearman"] for r in pairs]))
+    known = [r["spearman"] for r in pairs if r["pair"] != 1]
+    assert estimate["estimate"] == pytest.approx(np.mean(known))
+    assert (estimate["n"], estimate["undefined"]) == (len(PAIRS) - 1, 1)
 
 
 def test_what_cannot_be_compared_is_named(compared: AnalysisResult) -> None:
@@ -322,7 +328,13 @@ def test_findings_of_agreement(compared: AnalysisResult) -> None:
         )
         for layer in (2, 1)
     }
-    expected = np.mean([a["spearman"] - b["spearman"] for a, b in zip(*rows.values(), strict=True)])
+    expected = np.mean(
+        [
+            a["spearman"] - b["spearman"]
+            for a, b in zip(*rows.values(), strict=True)
+            if a["pair"] != 1  # undefined
+        ]
+    )
     assert deep[1].interval.estimate == pytest.approx(expected)
     assert len(less) == 2  # a layer each
     assert all(abs(finding.interval.estimate) < 0.01 for finding in less)  # both are the model
@@ -330,7 +342,7 @@ def test_findings_of_agreement(compared: AnalysisResult) -> None:
 
 def test_agreement_by_score(compared: AnalysisResult) -> None:
     rows = rows_of(compared, "score_bins", comparison="control with model", layer=2)
-    assert [row["n"] for row in rows] == [len(PAIRS)]  # too few for two bins
+    assert [(row["n"], row["undefined"]) for row in rows] == [(6, 1)]  # too few for two bins
     assert rows[0]["estimate"] == pytest.approx(1)
 
 
@@ -345,18 +357,19 @@ def test_models_that_read_other_tokens_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shift", "reason"),
+    ("name", "shift", "message"),
     [
-        ("control", False, r"`control` is left out: it has no reference shift.*not exact"),
-        ("unshifted", True, r"`unshifted` is left out: it has a reference shift.*not approximate"),
+        ("control", False, r"`analysis\.models\.control` .* with a .* 'control', .* without"),
+        ("unshifted", True, r"`analysis\.models\.unshifted` .* without a .* 'unshifted', .* with"),
+        ("unmodified", True, r"`analysis\.models\.unmodified` .* without a"),
     ],
 )
 def test_models_of_the_wrong_kind_are_refused(
-    tmp_path: Path, name: str, shift: bool, reason: str
+    tmp_path: Path, name: str, shift: bool, message: str
 ) -> None:
     context = context_of(tmp_path, encoder(shift=True), {name: encoder(1, shift=shift)})
-    with pytest.raises(NotApplicableError, match=reason):
-        list(get_analysis("agreement").requests(context))
+    with pytest.raises(InputError, match=message):
+        Plan(["performance"], context, tmp_path / "out")
 
 
 def test_agreement_needs_another_model(tmp_path: Path) -> None:
@@ -440,8 +453,16 @@ def test_shares_quantiles_and_counts_by_hand() -> None:
     }
     found = summary(np.arange(101.0))
     assert found == pytest.approx(
-        {"mean": 50, "sd": 29.3001706, "q05": 5, "q25": 25, "median": 50, "q75": 75, "q95": 95,
-         "n": 101}
+        {
+            "mean": 50,
+            "sd": 29.3001706,
+            "q05": 5,
+            "q25": 25,
+            "median": 50,
+            "q75": 75,
+            "q95": 95,
+            "n": 101,
+        }
     )
     bins = histogram(np.arange(101.0))
     assert sum(row["pairs"] for row in bins) == 101
@@ -454,11 +475,13 @@ def terms(tmp_path_factory: pytest.TempPathFactory) -> AnalysisResult:
     """Return the reference terms of a shifted model and of an unmodified one, three references."""
     others = {
         "unmodified/pad": encoder(1),
-        "unmodified/fitted": encoder(1, reference="fitted"),
+        "unmodified/fitted": encoder(1, reference="uniform"),  # fitting random weights takes long
         "unmodified/neutral": encoder(1, reference="neutral"),
     }
     folder = tmp_path_factory.mktemp("vectors")
-    return answered("reference_terms", context_of(folder, encoder(shift=True), others, layers=(2, 0)))
+    return answered(
+        "reference_terms", context_of(folder, encoder(shift=True), others, layers=(2, 0))
+    )
 
 
 def test_a_shifted_model_has_no_reference_terms(terms: AnalysisResult) -> None:
@@ -492,17 +515,36 @@ def test_an_unmodified_model_has_them_by_reference(terms: AnalysisResult) -> Non
     assert row["unsafe_0.1"] > 0
 
 
-def test_neutral_references_leave_nothing_out(terms: AnalysisResult) -> None:
-    (row,) = rows_of(terms, "models", model="unmodified/neutral")
-    (size,) = rows_of(terms, "references", model="unmodified/neutral")
-    assert row["layer"] == 2  # half way down and above
-    assert any("from layer 1 on" in note for note in terms.notes)
-    assert size["reference"] == "neutral"
-    assert size["neutral"] == 1
-    assert row["unsafe_0.1"] == 0
-    (pad,) = rows_of(terms, "references", model="unmodified/pad", layer=2)
-    assert pad["neutral"] == 0
-    assert pad["size_median"] > 0.1
+def test_neutral_references_say_whether_they_were_found(tmp_path: Path) -> None:
+    """Behind all blocks a root is easy; random blocks map few states to nothing."""
+    model = encoder(1, reference="neutral")
+    others = {"unmodified/pad": encoder(1), "unmodified/neutral": model}
+    others["unmodified/fitted"] = encoder(1, reference="uniform")
+    context = context_of(tmp_path, encoder(shift=True), others, layers=(3, 2))
+    result = answered("reference_terms", context)
+    name = "unmodified/neutral"
+    assert [row["layer"] for row in rows_of(result, "models", model=name)] == [3, 2]
+    found, missed = rows_of(result, "references", model=name)
+    assert found["reference"] == "neutral"
+    assert (found["neutral"], missed["neutral"]) == (1, 0)
+    assert rows_of(result, "models", model=name, layer=3)[0]["unsafe_0.1"] == 0
+    worst = max(report.residual for report in model.reference.report(model.split, 2))
+    assert missed["size_max"] == pytest.approx(worst, rel=0.3)  # of other texts
+    agreed = answered("agreement", context)
+    (note,) = (note for note in agreed.notes if "at layer 2: |e(r)|" in note)
+    assert "for 0 of 14 texts" in note
+    (note,) = (note for note in agreed.notes if "at layer 3: |e(r)|" in note)
+    assert "for 14 of 14 texts" in note
+
+
+def test_neutral_references_are_not_looked_for_far_below(tmp_path: Path) -> None:
+    others = {"unmodified": encoder(1), "unmodified/neutral": encoder(1, reference="neutral")}
+    context = context_of(tmp_path, encoder(), others, layers=(3, 1, 0))
+    assert layers_of(context, "unmodified/neutral") == (3, 1)
+    assert layers_of(context, "unmodified") == (3, 1, 0)
+    (note,) = layers_note(context, list(others))
+    assert "from layer 1 on" in note
+    assert layers_note(context, ["unmodified"]) == []
 
 
 def test_findings_of_reference_terms(terms: AnalysisResult) -> None:
@@ -523,3 +565,37 @@ def test_rankings_of_constant_scores_are_undefined(tmp_path: Path) -> None:
     (row,) = result.tables["models"].rows
     assert row["spearman"] is row["discordant"] is None
     assert any("2 figures of rankings are undefined" in note for note in result.notes)
+
+
+# -- loading ------------------------------------------------------------------------------------
+
+
+def test_plain_models_are_compared_without_a_shift(tmp_path: Path) -> None:
+    """A plain model gets a shift where it is the evaluated one, and none where it is unmodified."""
+    inputs = tiny_folder(tmp_path / "plain")
+    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("sentence1", "sentence2", "score"), *PAIRS])
+    config = load_config(
+        EvaluateConfig,
+        [],
+        [
+            f"checkpoint={inputs}",
+            "model.shift=true",
+            f"data.test={tmp_path / 'pairs.csv'}",
+            "attribution.enabled=false",
+            "analysis.layers=[3]",
+            "analysis.names=[performance]",
+            "analysis.n_resamples=100",
+            f"analysis.models.unmodified={inputs}",
+            "accelerator=cpu",
+            f"output_dir={tmp_path / 'out'}",
+        ],
+    )
+    result = run_evaluation(config)
+    assert result is not None
+    pairs = torch.tensor(LABELS)
+    for name, shift in (("model", True), ("unmodified", False)):
+        own = encoder(shift=shift)
+        expected = scipy.stats.pearsonr(own.score(TEXTS_A, TEXTS_B), pairs)[0]
+        found = result.metrics[f"analysis/performance/{name}/pearson_cosine"]
+        assert found == pytest.approx(expected, abs=SAME)

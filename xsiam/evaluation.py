@@ -46,6 +46,7 @@ from xsiam.layer_store import (
 from xsiam.losses import get_objective
 from xsiam.metrics import pearson, spearman, undefined_reason
 from xsiam.pairs import PairDataset
+from xsiam.pretrained import records_shift
 from xsiam.processes import processes
 from xsiam.report import print_evaluation
 from xsiam.tables import BUNDLED
@@ -507,8 +508,10 @@ def _plan(
         encoder.check_layer(layer, key="analysis.layers")
 
     def load(checkpoint: str, reference: str | None) -> SiameseEncoder:
-        own = {"shift": None, "reference": reference, "similarity": encoder.similarity}
-        return _build_encoder(config, checkpoint, device, **own)
+        # Of one that is to have no shift and does not say: a plain model would get one.
+        is_plain = reference is not None and not records_shift(checkpoint)
+        own = {"reference": reference, "similarity": encoder.similarity}
+        return _build_encoder(config, checkpoint, device, shift=False if is_plain else None, **own)
 
     context = Context(
         settings=wanted,

@@ -141,13 +141,8 @@ def costly_subset(context: Context) -> PairDataset:
 
 
 def _errors_row(context: Context, layer: int) -> dict[str, Any]:
-    pairs = context.pairs
     results = context.pair_attributions(MODEL, layer)
-    sides = (
-        context.vectors(MODEL, layer, texts, side)
-        for side, texts in enumerate((pairs.texts_a, pairs.texts_b))
-    )
-    both = list(zip(*sides, strict=True))
+    both = list(context.pair_vectors(MODEL, layer))
     residuals = np.abs([r.residual for r in results])
     texts = {(t.text, t.role): t for pair in both for t in pair}
     nodes = np.array([t.n_nodes for t in texts.values()])

@@ -97,15 +97,14 @@ def agreement(first: PairAttribution, second: PairAttribution, tokens: str) -> V
         tokens: "all", or those of the texts' "own": neither special nor of a prompt.
 
     Returns:
-        By the names of `STATISTICS`: correlations of the flattened matrices, None where one is
-        constant or nothing is left, and the overlap (Jaccard) of their entries of largest absolute
-        value.
+        By the names of `STATISTICS`: correlations of the flattened matrices, and the overlap
+        (Jaccard) of their entries of largest absolute value. All None where a matrix is constant,
+        as one of a single entry is, or empty.
     """
     left, right = (_entries(result, tokens) for result in (first, second))
-    if not left.size:
+    if not left.size or np.ptp(left) == 0 or np.ptp(right) == 0:
         return dict.fromkeys(STATISTICS)
-    correlations = (float(f(left, right)) for f in (spearman_along, pearson_along))
-    values: list[float | None] = [c if np.isfinite(c) else None for c in correlations]
+    values = [float(spearman_along(left, right)), float(pearson_along(left, right))]
     values += [top_overlap(left, right, share) for share in TOP_SHARES]
     return dict(zip(STATISTICS, values, strict=True))
 
@@ -160,8 +159,9 @@ class Agreement(AbstractAnalysis):
         undefined = sum(row["spearman"] is None for row in rows)
         if undefined:
             notes.append(
-                f"{undefined} of {len(rows)} correlations are undefined (a constant matrix, or no "
-                "token of a text's own); they are left out, and counted in `intervals`."
+                f"{undefined} of {len(rows)} comparisons of two matrices are undefined (one is "
+                "constant, of a single entry, or empty without special tokens); they are left out, "
+                "and counted in `intervals`."
             )
         if NEUTRAL in [c.second for c in comparisons]:
             notes += [_neutral_note(context, layer) for layer in layers_of(context, NEUTRAL)]
@@ -260,10 +260,6 @@ def _possible(context: Context) -> tuple[list[Comparison], list[str]]:
 def _problem(context: Context, name: str, sides: Sequence[Sequence[str]]) -> str | None:
     """Return why a model that is given cannot be compared, None where it can."""
     encoder = context.model(name)
-    if (name == CONTROL) != encoder.shift:
-        what = "no reference shift" if name == CONTROL else "a reference shift"
-        kind = "exact" if name == CONTROL else "approximate"
-        return f"it has {what}, so that its attributions are not {kind}"
     if encoder.n_layers != context.encoder.n_layers:
         return f"it has {encoder.n_layers} layers and `{MODEL}` {context.encoder.n_layers}"
     different = other_tokens(context.encoder, encoder, sides, context.roles)

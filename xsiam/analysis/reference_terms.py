@@ -228,11 +228,7 @@ def histogram(values: Array) -> list[dict[str, float | int]]:
 
 def _split(context: Context, name: str, layer: int) -> dict[str, Array]:
     """Return the terms of all pairs, by name."""
-    sides = (
-        context.vectors(name, layer, texts, side)
-        for side, texts in enumerate((context.pairs.texts_a, context.pairs.texts_b))
-    )
-    found = [terms_of(a, b) for a, b in zip(*sides, strict=True)]
+    found = [terms_of(a, b) for a, b in context.pair_vectors(name, layer)]
     return {term: np.array([terms[term] for terms in found]) for term in TERMS}
 
 
@@ -279,9 +275,7 @@ def _wide(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _reference_row(context: Context, name: str, layer: int) -> dict[str, Any]:
     sizes = reference_sizes(context, name, layer)
     texts = {
-        (t.text, t.role): t.converged
-        for side, texts in enumerate((context.pairs.texts_a, context.pairs.texts_b))
-        for t in context.vectors(name, layer, texts, side)
+        (t.text, t.role): t.converged for pair in context.pair_vectors(name, layer) for t in pair
     }
     return {
         "model": label(name),

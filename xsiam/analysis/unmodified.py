@@ -50,10 +50,9 @@ def reference_sizes(context: Context, name: str, layer: int) -> NDArray[np.float
 
     Zero says that the pair matrix alone is the score: exactly so of a shifted model.
     """
-    sizes = {}
-    for side, texts in enumerate((context.pairs.texts_a, context.pairs.texts_b)):
-        for text in context.vectors(name, layer, texts, side):
-            sizes[text.text, text.role] = float(
-                text.reference_embedding.norm() / text.embedding.norm()
-            )
+    sizes = {
+        (text.text, text.role): float(text.reference_embedding.norm() / text.embedding.norm())
+        for pair in context.pair_vectors(name, layer)
+        for text in pair
+    }
     return np.array(list(sizes.values()))
