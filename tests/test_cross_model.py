@@ -520,7 +520,8 @@ def test_neutral_references_say_whether_they_were_found(tmp_path: Path) -> None:
     model = encoder(1, reference="neutral")
     others = {"unmodified/pad": encoder(1), "unmodified/neutral": model}
     others["unmodified/fitted"] = encoder(1, reference="uniform")
-    context = context_of(tmp_path, encoder(shift=True), others, layers=(3, 2))
+    loose = {"tolerance": 1e-2}
+    context = context_of(tmp_path, encoder(shift=True), others, layers=(3, 2), attributor=loose)
     result = answered("reference_terms", context)
     name = "unmodified/neutral"
     assert [row["layer"] for row in rows_of(result, "models", model=name)] == [3, 2]

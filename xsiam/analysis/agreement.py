@@ -222,7 +222,9 @@ class Agreement(AbstractAnalysis):
         }
         figures = {}
         if lines:
-            figures["layers"] = curves_figure(lines, "layer", "Spearman over token pairs")
+            figure = curves_figure(lines, "layer", "Spearman over token pairs")
+            figure.axes[0].set_xticks(sorted({r["layer"] for r in rows}))
+            figures["layers"] = figure
         if bars:
             figures["scores"] = intervals_figure(
                 bars, f"Spearman over token pairs, layer {top}", at=None

@@ -50,6 +50,7 @@ TERMS = (
     *("score", "sum_of_pairs", "main_effects_a", "main_effects_b", "intercept"),
     *("f_a_reference", "f_reference_b", "score_minus_pairs", "score_minus_attributed"),
 )
+DRAWN = ("sum_of_pairs", "main_effects_a", "main_effects_b", "intercept", "score_minus_pairs")
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 N_HISTOGRAM, N_BINS = 20, 5
 
@@ -181,28 +182,25 @@ class ReferenceTerms(AbstractAnalysis):
         )
 
     def plot(self, result: AnalysisResult) -> Mapping[str, Figure]:
-        """Draw what the matrices leave out at the highest layer, and how often that is unsafe."""
-        from xsiam.plots import intervals_figure, new_figure
+        """Draw the terms at the highest layer, and how often what is left out is unsafe."""
+        from xsiam.plots import intervals_figure
 
-        rows = [r for r in result.tables["histograms"].rows if r["term"] == "score_minus_pairs"]
+        rows = result.tables["terms"].rows
         top = max(r["layer"] for r in rows)
-        figure, axes = new_figure((7.0, 4.5))
-        for name in dict.fromkeys(r["model"] for r in rows):
-            bars = [r for r in rows if (r["model"], r["layer"]) == (name, top)]
-            if bars:
-                edges = [bars[0]["low"], *(r["high"] for r in bars)]
-                total = sum(r["pairs"] for r in bars)
-                axes.stairs([r["pairs"] / total for r in bars], edges, label=name)
-        axes.set(xlabel=f"score − Σ pairs, layer {top}", ylabel="share of text pairs")
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+        terms = {
+            f"{r['model']}: {r['term'].replace('_', ' ')}": (r["median"], r["q05"], r["q95"])
+            for r in rows
+            if r["layer"] == top and r["term"] in DRAWN
+        }
         shares = {
             f"{r['model']}: {r['figure'].replace('_', ' ')}": (r["estimate"], r["low"], r["high"])
             for r in result.tables["figures"].rows
             if r["layer"] == top and r["figure"] in (*map(unsafe, THRESHOLDS), SUM_TOO_LARGE)
         }
         return {
-            "left_out": figure,
+            "terms": intervals_figure(
+                terms, f"median and 5 % to 95 % of text pairs, of the maximal score, layer {top}"
+            ),
             "shares": intervals_figure(shares, f"share of text pairs, layer {top}"),
         }
 
