@@ -15,7 +15,7 @@ from comparing import PAIRS, answered, context_of, encoder
 from models import tiny_folder, tiny_model
 
 from xsiam.analysis import NotApplicableError, get_analysis
-from xsiam.analysis.agreement import agreement, other_tokens
+from xsiam.analysis.agreement import _possible, agreement, other_tokens
 from xsiam.analysis.base import AnalysisResult
 from xsiam.analysis.comparison import (
     DiscordantShare,
@@ -314,6 +314,16 @@ def test_what_cannot_be_compared_is_named(compared: AnalysisResult) -> None:
         "unshifted with model",
         "unmodified/pad with model",
     }
+
+
+def test_other_references_are_named(tmp_path: Path) -> None:
+    """Two models that differ by the reference as well do not differ by tuning alone."""
+    others = {"control": encoder(1, shift=True, reference="uniform"), "unshifted": encoder(2)}
+    context = context_of(tmp_path, encoder(shift=True), others)
+    _, notes = _possible(context)
+    said = [note for note in notes if "paths start from" in note]
+    assert len(said) == 1
+    assert "control with model: paths start from `uniform` and `pad`" in said[0]
 
 
 def test_findings_of_agreement(compared: AnalysisResult) -> None:

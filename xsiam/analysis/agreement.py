@@ -256,6 +256,12 @@ def _possible(context: Context) -> tuple[list[Comparison], list[str]]:
                 f"{comparison.name}: both have the same weights, so that they agree by "
                 "construction where they start from the same reference."
             )
+        labels = [encoder.reference_label for encoder in pair]
+        if labels[0] != labels[1]:
+            reasons.append(
+                f"{comparison.name}: paths start from `{labels[1]}` and `{labels[0]}`, which is "
+                "part of what they differ by."
+            )
     return found, reasons
 
 

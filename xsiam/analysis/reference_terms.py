@@ -198,9 +198,7 @@ class ReferenceTerms(AbstractAnalysis):
             if r["layer"] == top and r["figure"] in (*map(unsafe, THRESHOLDS), SUM_TOO_LARGE)
         }
         return {
-            "terms": intervals_figure(
-                terms, f"median and 5 % to 95 % of text pairs, of the maximal score, layer {top}"
-            ),
+            "terms": intervals_figure(terms, f"median, 5 % to 95 % of text pairs, layer {top}"),
             "shares": intervals_figure(shares, f"share of text pairs, layer {top}"),
         }
 
