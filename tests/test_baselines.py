@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import TEXT_A, TEXT_B, tiny_model
+import planted_encoder
 from planted_encoder import TEXTS, VECTORS, exact_matrix, planted_model, planted_places, states
 
 from xsiam import PairAttributor, SiameseEncoder

@@ -464,11 +464,11 @@ def test_mitigation_needs_the_tuned_model(tmp_path: Path) -> None:
         AnalysisConfig(), SimpleNamespace(), PairDataset(["a"], ["b"]), (1,), tmp_path, {},  # type: ignore[arg-type]
         load=lambda name, reference: pytest.fail("no model is loaded"),
     )  # fmt: skip
-    assert Mitigation().models(context.settings) == ("model", "mitigated")
+    assert Mitigation().models(context) == ("model", "mitigated")
     with pytest.raises(NotApplicableError, match=r"`analysis\.models\.mitigated`"):
         context.model("mitigated")
     context.settings.models.unmodified = "x"
-    assert Mitigation().models(context.settings) == ("unmodified/fitted", "mitigated")
+    assert Mitigation().models(context) == ("unmodified/fitted", "mitigated")
 
 
 # --- too little --------------------------------------------------------------------------------

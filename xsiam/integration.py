@@ -57,6 +57,7 @@ _PER_NODE, _NOISE_NODES, _MOST_NOISE_NODES = 16, 5, 24
 _TEXTS_AT_ONCE = 3  # bounds the derivatives that are held meanwhile
 _CAUTION = 0.5  # how far below the tolerance a path is planned that had missed it
 _PANELS_AT_ONCE = 16  # bounds the sums that are held while panels are evaluated
+_NODE_GRID = 2.0**40  # nodes that are equal to this are one
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,55 @@ def integrate_pulled(
         converged=completeness <= tolerance,
         n_nodes=len(weights),
     )
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum of a path's token vectors by a fixed rule, from one tangent a node.
+
+    Attributes:
+        total: Σ_s G[:, s], [K] float64.
+        delta: Δ, [K] float64.
+        reference_embedding: e(r) at the start of the path, before any shift, [K] float64.
+        completeness_error: As of :class:`Integrated`.
+        converged: Whether it meets the tolerance.
+        n_nodes: Nodes of the rule.
+    """
+
+    total: Tensor
+    delta: Tensor
+    reference_embedding: Tensor
+    completeness_error: float
+    converged: bool
+    n_nodes: int
+
+
+def integrate_totals(
+    group: PathGroup, rules: Sequence[Rule], tolerance: float
+) -> list[list[Summed]]:
+    """Return the sums of token vectors by each of some fixed rules, for every path of a group.
+
+    The total derivative along δ is all it takes, at 1/S of the cost of the token vectors; nodes
+    that rules share are evaluated once.
+    """
+    both = torch.cat([rule.nodes for rule in rules])
+    places, inverse = torch.unique((both * _NODE_GRID).round(), return_inverse=True)
+    shares = torch.split(inverse, [rule.n_nodes for rule in rules])
+    found = []
+    for row in range(group.size):
+        start, end = group.start_embeddings[row], group.end_embeddings[row]
+        delta, scale = end - start, scale_of(end - start, start)
+        rows = torch.full((len(places),), row)
+        derivatives = group.totals(rows, places / _NODE_GRID)[1]
+        sums = [rule.weights @ derivatives[mine] for rule, mine in zip(rules, shares, strict=True)]
+        errors = [float((total - delta).norm()) / scale for total in sums]
+        found.append(
+            [
+                Summed(total, delta, start, error, error <= tolerance, rule.n_nodes)
+                for rule, total, error in zip(rules, sums, errors, strict=True)
+            ]
+        )
+    return found
 
 
 def rounding_of(group: PathGroup, rule: Rule) -> float:

@@ -20,10 +20,12 @@ from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
 from xsiam.integration import (
     Integrated,
     Pulled,
+    Summed,
     first_rule,
     integrate_adaptive,
     integrate_fixed,
     integrate_pulled,
+    integrate_totals,
     rounding_of,
 )
 from xsiam.jacobian import exact_numerics
@@ -144,6 +146,30 @@ class TextIntegrator:
         )
         facts = self._facts(read, states, 0, pulled) | {"token_error": float("nan")}
         return AttributedText(**facts), pulled.products
+
+    def totals(
+        self, reads: Sequence[ReadText], rules: Sequence[Rule]
+    ) -> list[list[tuple[AttributedText, Tensor]]]:
+        """Return the sums of token vectors by fixed rules, for texts of one length.
+
+        Returns:
+            For every text, and every rule: what is known of the text, with the completeness error
+            of that rule, and Σ_s G[:, s], [K]. The token error is nan, for no token is told apart.
+        """
+        (states,) = self.states([reads])
+        summed = integrate_totals(self._group(reads, states), rules, self.tolerance)
+        return [
+            [
+                (
+                    AttributedText(
+                        **self._facts(read, states, number, path), token_error=float("nan")
+                    ),
+                    path.total,
+                )
+                for path in paths
+            ]
+            for number, (read, paths) in enumerate(zip(reads, summed, strict=True))
+        ]
 
     def feature_vectors(
         self, read: ReadText, tokens: Sequence[int], rule: Rule
@@ -320,7 +346,7 @@ class TextIntegrator:
         )
 
     def _facts(
-        self, read: ReadText, states: TextStates, number: int, path: Integrated | Pulled
+        self, read: ReadText, states: TextStates, number: int, path: Integrated | Pulled | Summed
     ) -> dict[str, Any]:
         """Return what a result says of a text, the ``number``-th of some states."""
         facts = {name: getattr(read, name) for name in _READ}

@@ -5,7 +5,9 @@ is drawn (`plot`). They share a `Context`: pairs, models and attributions, each 
 once.
 """
 
+from xsiam.analysis.accuracy import Accuracy
 from xsiam.analysis.adjectives import Adjectives
+from xsiam.analysis.agreement import Agreement
 from xsiam.analysis.alignment import AlignmentAnalysis
 from xsiam.analysis.base import (
     ANALYSES,
@@ -24,7 +26,9 @@ from xsiam.analysis.faithfulness import Faithfulness
 from xsiam.analysis.lexical_bias import LexicalBias
 from xsiam.analysis.mitigation import Mitigation
 from xsiam.analysis.negation import Negation
+from xsiam.analysis.performance import Performance
 from xsiam.analysis.randomisation import Randomisation
+from xsiam.analysis.reference_terms import ReferenceTerms
 from xsiam.analysis.retrieval_margins import RetrievalMargins
 from xsiam.analysis.runner import Plan
 from xsiam.analysis.statistics import Finding, Interval, interval, judge
@@ -34,7 +38,9 @@ from xsiam.analysis.syntax import Syntax
 __all__ = [
     "ANALYSES",
     "AbstractAnalysis",
+    "Accuracy",
     "Adjectives",
+    "Agreement",
     "AlignmentAnalysis",
     "AnalysisResult",
     "Concentration",
@@ -47,8 +53,10 @@ __all__ = [
     "Needs",
     "Negation",
     "NotApplicableError",
+    "Performance",
     "Plan",
     "Randomisation",
+    "ReferenceTerms",
     "ResultTable",
     "RetrievalMargins",
     "Syntax",

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from xsiam.analysis.context import Context
     from xsiam.analysis.statistics import Finding
-    from xsiam.config import AnalysisConfig
 
 __all__ = [
     "ANALYSES",
@@ -56,6 +55,7 @@ class Needs:
 
     Attributes:
         models: Names of models, of those above.
+        optional: Names of models that it compares with where they are given.
         shift: Whether the model has to have a reference shift.
         labels: Whether the pairs have to have labels.
         parser: Whether texts are parsed with spaCy.
@@ -66,6 +66,7 @@ class Needs:
     """
 
     models: tuple[str, ...] = (MODEL,)
+    optional: tuple[str, ...] = ()
     shift: bool = False
     labels: bool = False
     parser: bool = False
@@ -143,9 +144,9 @@ class AbstractAnalysis(ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[Needs] = Needs()
 
-    def models(self, settings: AnalysisConfig) -> tuple[str, ...]:
-        """Return the names of the models it uses, by default those that it needs."""
-        return self.needs.models
+    def models(self, context: Context) -> tuple[str, ...]:
+        """Return the names of the models it uses: those it needs, and those it can have besides."""
+        return (*self.needs.models, *context.available(self.needs.optional)[0])
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
         """Return the texts whose token vectors `run` reads.

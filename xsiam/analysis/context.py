@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xsiam.accuracy import sample_pairs
-from xsiam.analysis.base import MODEL, NotApplicableError, VectorRequest
+from xsiam.analysis.base import CONTROL, MITIGATED, MODEL, NotApplicableError, VectorRequest
 from xsiam.analysis.parsing import ParsedText, load_parser, parse_texts
 from xsiam.analysis.probe_sets import ProbeSet, load_probes
 from xsiam.analysis.statistics import Interval, Statistic, interval
@@ -20,7 +20,7 @@ from xsiam.attribution import PairAttributor
 from xsiam.combination import combine
 from xsiam.config import AnalysisConfig
 from xsiam.encoder import SiameseEncoder
-from xsiam.errors import ConvergenceWarning
+from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.index import TokenVectorIndex
 from xsiam.index_building import describe
 from xsiam.pairs import PairDataset
@@ -73,7 +73,9 @@ class Context:
         """Return a model by name, loaded when it is first asked for.
 
         Raises:
-            NotApplicableError: If the configuration names none.
+            NotApplicableError: If the configuration names none, or a reference that is tried on it
+                does not do for it.
+            InputError: If it has a reference shift and should have none, or the other way round.
         """
         if name == MODEL:
             return self.encoder
@@ -86,8 +88,33 @@ class Context:
                 )
             if not reference and kind.startswith("un"):
                 reference = "pad"  # the published approximation
-            self._encoders[name] = self.load(checkpoint, reference or None)
+            try:
+                found = self.load(checkpoint, reference or None)
+            except ModelError as error:
+                if name == kind:
+                    raise
+                raise NotApplicableError(f"`{reference}` does not do for it: {error}") from error
+            wanted = self.encoder.shift if kind == CONTROL else False
+            if kind != MITIGATED and found.shift != wanted:
+                has = {True: "with a reference shift", False: "without a reference shift"}
+                raise InputError(
+                    f"Expected `analysis.models.{kind}` to be a model {has[wanted]}, but got "
+                    f"{checkpoint!r}, which is one {has[found.shift]}. Set "
+                    f"`analysis.models.{kind}`."
+                )
+            self._encoders[name] = found
         return self._encoders[name]
+
+    def available(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return which of some models can be had, and lines that say why others cannot."""
+        found, reasons = [], []
+        for name in names:
+            try:
+                self.model(name)
+                found.append(name)
+            except NotApplicableError as error:
+                reasons.append(f"`{name}` is left out: {error}.")
+        return found, reasons
 
     def attributor(self, model: str, layer: int) -> PairAttributor:
         """Return the attributor of a model at a layer."""
@@ -181,6 +208,12 @@ class Context:
         wanted = self.settings
         rows = sample_pairs(len(self.pairs), wanted.n_costly_pairs, wanted.seed)
         return self.pairs.select(rows)
+
+    def pair_vectors(self, model: str, layer: int) -> Iterator[tuple[TokenVectors, TokenVectors]]:
+        """Yield the token vectors of both texts of the sampled pairs, in their order."""
+        sides = zip((self.pairs.texts_a, self.pairs.texts_b), self.roles, strict=True)
+        both = [self.token_vectors(model, layer, texts, role) for texts, role in sides]
+        return zip(*both, strict=True)
 
     def _opened(self, key: Key) -> tuple[TokenVectorIndex, dict[str, int]]:
         if key not in self._indices:

@@ -42,7 +42,6 @@ from xsiam.tables import BUNDLED
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from xsiam.config import AnalysisConfig
 
 SPLIT = "test"
 """Split of the bundled probes; it shares no template and no word with the training split."""
@@ -91,19 +90,19 @@ class Mitigation(AbstractAnalysis):
     source = "ours"
     needs = Needs(models=(MODEL, MITIGATED), probes=True)
 
-    def models(self, settings: AnalysisConfig) -> tuple[str, ...]:
+    def models(self, context: Context) -> tuple[str, ...]:
         """Return the names of the models before and after."""
-        return (f"{UNMODIFIED}/fitted" if settings.models.unmodified else MODEL, MITIGATED)
+        return (f"{UNMODIFIED}/fitted" if context.settings.models.unmodified else MODEL, MITIGATED)
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
         """Ask for the sentences of negations and of words in a slot, of both models."""
-        models = self.models(context.settings)
+        models = self.models(context)
         texts = _pairs(context, models).texts
         return context.requests(models, texts, texts)
 
     def run(self, context: Context) -> AnalysisResult:
         """Compare both models unit by unit."""
-        models = self.models(context.settings)
+        models = self.models(context)
         pairs = _pairs(context, models)
         before, after = (_scores(context, model, pairs) for model in models)
         for layer in context.layers:

@@ -144,7 +144,7 @@ def _check_needs(analysis: AbstractAnalysis, context: Context) -> None:
         raise NotApplicableError(
             f"it needs {needs.min_pairs} pairs or more, but there are n = {len(context.pairs)}"
         )
-    for name in analysis.models(context.settings):
+    for name in analysis.models(context):
         encoder = context.model(name)
         for layer in context.layers:
             encoder.check_layer(layer, key="analysis.layers")

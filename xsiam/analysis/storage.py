@@ -73,7 +73,7 @@ def settings_hash(analysis: AbstractAnalysis, context: Context) -> str:
     attributor = dict(context.attributor_settings)
     del attributor["memory_budget"]  # never changes numbers
     models = {}
-    for name in analysis.models(context.settings):
+    for name in analysis.models(context):
         encoder = context.model(name)
         models[name] = [
             *(encoder.model_fingerprint, encoder.similarity, encoder.shift),
