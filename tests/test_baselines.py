@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import planted_encoder
 import pytest
 import torch
 from models import TEXT_A, TEXT_B, tiny_model
-import planted_encoder
 from planted_encoder import TEXTS, VECTORS, exact_matrix, planted_model, planted_places, states
 
 from xsiam import PairAttributor, SiameseEncoder

@@ -309,8 +309,8 @@ class Context:
 
 
 def _joined(requests: Iterable[VectorRequest]) -> dict[Key, list[str]]:
-    """Return the distinct texts by model, layer and role, in an order that hangs on nothing."""
+    """Return the distinct texts by model, layer and role, by length: those of one go together."""
     found: dict[Key, set[str]] = {}
     for request in requests:
         found.setdefault((request.model, request.layer, request.role), set()).update(request.texts)
-    return {key: sorted(texts) for key, texts in found.items()}
+    return {key: sorted(texts, key=lambda text: (len(text), text)) for key, texts in found.items()}
