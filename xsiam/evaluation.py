@@ -23,6 +23,7 @@ from torch import Tensor
 from xsiam.accuracy import sample_pairs
 from xsiam.analysis import Context, Plan, summary_of
 from xsiam.analysis.storage import Outcome, analysis_metrics
+from xsiam.analysis.summary import FOLDER
 from xsiam.attribution import PairAttributor
 from xsiam.checks import (
     check_accelerator,
@@ -518,13 +519,13 @@ def _plan(
         encoder=encoder,
         pairs=pairs.select(sample_pairs(len(pairs), wanted.n_pairs, wanted.seed)),
         layers=tuple(sorted(set(chosen), reverse=True)),
-        folder=output / "analysis" / "token_vectors",
+        folder=output / FOLDER / "token_vectors",
         attributor_settings=attributor_settings(config.attribution),
         load=load,
         roles=(config.model.role_a, config.model.role_b),
         progress=config.progress_bar and sys.stdout.isatty(),
     )
-    return Plan(wanted.names, context, output / "analysis")
+    return Plan(wanted.names, context, output / FOLDER)
 
 
 def _layers(config: EvaluateConfig, encoder: SiameseEncoder, notes: list[str]) -> list[int]:

@@ -9,7 +9,10 @@ from xsiam.analysis.base import get_analysis
 from xsiam.analysis.statistics import Finding
 from xsiam.analysis.storage import Outcome
 
-__all__ = ["markdown_table", "summary_of"]
+__all__ = ["FOLDER", "markdown_table", "summary_of"]
+
+FOLDER = "analysis"
+"""Folder of all analyses, beside the summary."""
 
 
 def summary_of(outcomes: Sequence[Outcome], facts: Mapping[str, Any], notes: Sequence[str]) -> str:
@@ -80,8 +83,9 @@ def _section(outcome: Outcome) -> list[str]:
             lines += ["", f"**{name.replace('_', ' ')}**: {table.caption}", ""]
             lines += [markdown_table(table.rows)]
         else:
-            lines += ["", f"`{outcome.name}/{name}.parquet`, `.csv`: {table.caption}"]
-    lines += [f"\n![{outcome.name}]({outcome.name}/{figure})" for figure in outcome.figures]
+            lines += ["", f"`{FOLDER}/{outcome.name}/{name}.parquet`, `.csv`: {table.caption}"]
+    folder = f"{FOLDER}/{outcome.name}"
+    lines += [f"\n![{outcome.name}]({folder}/{figure})" for figure in outcome.figures]
     return lines
 
 
