@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from heads import HEADS, PROMPTS
 from models import TEXT_A, TEXT_B, TEXTS, tiny_model
 from safetensors import safe_open
-from sentence_transformers.base.modules import Normalize
 
 from xsiam import index_files, index_manifest
 from xsiam.attribution import PairAttributor
@@ -40,18 +39,6 @@ ENTRIES = {"float32": 2e-6, "float16": 2e-3}
 CORPUS = [*TEXTS, "the cat sleeps on the red house", "a dog runs after the kitten", "dog"]
 QUERY = "the kitten is chased by a big dog"
 LAYER = 2
-PROMPTS = {"query": "query : ", "document": "passage : "}
-HEADS: dict[str, Callable[[], SiameseEncoder]] = {
-    "cos": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double(), shift=False),
-    "dot": lambda: SiameseEncoder(
-        tiny_model(prompts=PROMPTS).double(), similarity="dot", shift=False
-    ),
-    "shifted": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double()),
-    "truncated_dot_normalize": lambda: SiameseEncoder(
-        tiny_model(extra=[Normalize()], truncate_dim=16, similarity_fn_name="dot").double(),
-        shift=False,
-    ),
-}
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from xsiam.analysis.minimal_pairs import (
     locate,
     negation_pairs,
     slot_pairs,
+    spans_around,
     unrelated_affirmatives,
-    word_spans,
 )
 from xsiam.analysis.probe_sets import Probe, check_language, load_probes, usable_probes
 from xsiam.config import TrainConfig, load_config
@@ -75,10 +75,10 @@ def test_word_that_is_not_there_exactly_once_is_not_found(text: str, word: str) 
 def test_words_of_a_text_with_one_kept_whole() -> None:
     text = "He doesn't eat brand-new things, ever."
     words = ["He", "doesn't", "eat", "brand-new", "things", "ever"]
-    assert [text[slice(*s)] for s in word_spans(text)] == words
+    assert [text[slice(*s)] for s in spans_around(text)] == words
     kept = (text.index("eat"), text.index(" things"))
     merged = [*words[:2], "eat brand-new", *words[4:]]
-    assert [text[slice(*s)] for s in word_spans(text, kept)] == merged
+    assert [text[slice(*s)] for s in spans_around(text, kept)] == merged
 
 
 # --- what is compared --------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from xsiam.analysis.base import AnalysisResult, NotApplicableError
 from xsiam.analysis.storage import check_result, settings_hash
 from xsiam.analysis.word_measures import entry_of, line_of
 from xsiam.config import AnalysisConfig, AnalysisModels, EvaluateConfig, load_config
-from xsiam.evaluation import _plan, run_evaluation
+from xsiam.evaluation import run_evaluation
+from xsiam.evaluation_inputs import plan_analyses
 from xsiam.pairs import PairDataset
 from xsiam.result import PairAttribution
 
@@ -608,7 +609,9 @@ def test_model_that_records_no_shift_is_compared_without_one(tmp_path: Path) -> 
     config = load_config(
         EvaluateConfig, [], [f"checkpoint={folder}", "analysis.names=[concentration]"]
     )
-    plan = _plan(config, tmp_path, shifted, PairDataset(["dog"], ["cat"]), [2], torch.device("cpu"))
+    plan = plan_analyses(
+        config, tmp_path, shifted, PairDataset(["dog"], ["cat"]), [2], torch.device("cpu")
+    )
     assert plan is not None
     plain = plan.context.load(str(folder), "pad")
     assert (plain.shift, plain.reference.name) == (False, "pad")

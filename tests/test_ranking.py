@@ -10,14 +10,14 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from heads import HEADS
 from models import TEXT_A, TEXT_B, TEXTS, tiny_folder, tiny_model
-from sentence_transformers.base.modules import Normalize
 
 from xsiam import explain_ranking, report_rankings
 from xsiam.analysis import Context, NotApplicableError, RetrievalMargins
@@ -38,23 +38,11 @@ from xsiam.token_classes import document_frequencies, token_classes
 
 ADDS_UP = 1e-5  # what sums may miss, at a tolerance of 1e-5; worst measured 3e-6
 ENTRIES = 2e-6  # entries of an index of float32, relative to the largest
-PROMPTS = {"query": "query : ", "document": "passage : "}
 DOCUMENTS = [*TEXTS, "the cat sleeps on the red house", "a dog runs after the kitten"]
 QUERY = "the kitten is chased by a big dog"
 QUERIES = [QUERY, "a red house", "the dog sleeps", "outside", TEXT_A, "big cat in the yard"]
 RELEVANT = [[5], [4], [4, 2], [1], [0, 1], [3]]
 LAYER = 2
-HEADS: dict[str, Callable[[], SiameseEncoder]] = {
-    "cos": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double(), shift=False),
-    "dot": lambda: SiameseEncoder(
-        tiny_model(prompts=PROMPTS).double(), similarity="dot", shift=False
-    ),
-    "shifted": lambda: SiameseEncoder(tiny_model(prompts=PROMPTS).double()),
-    "truncated_dot_normalize": lambda: SiameseEncoder(
-        tiny_model(extra=[Normalize()], truncate_dim=16, similarity_fn_name="dot").double(),
-        shift=False,
-    ),
-}
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,8 @@ def _places(
         place = len(spans)
         if not other:
             # Tokenizers count the space before a word to the word, or make it a token of its own.
-            start += len(text[start:]) - len(text[start:].lstrip())
+            while start < len(text) and text[start].isspace():
+                start += 1
             reached = _reached(spans, order, starts, start, max(end, start + 1))
             touched.update(reached)
             if len(reached) > 1:

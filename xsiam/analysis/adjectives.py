@@ -120,13 +120,13 @@ def adjective_pairs(
     Args:
         context: Where probes and models are.
         models: Names of the models.
-        split: Split of the bundled probes to take; None takes all. Other probes have no split.
+        split: As of `usable_probes`.
 
     Raises:
         NotApplicableError: If there are too few pairs of antonyms, or as `usable_probes` does.
     """
-    probes, notes = usable_probes(context, models, RELATIONS)
-    found, missed = slot_pairs(p for p in probes if p.split is None or split in (None, p.split))
+    probes, notes = usable_probes(context, models, RELATIONS, split)
+    found, missed = slot_pairs(probes)
     pairs = [
         pair
         for pair in found

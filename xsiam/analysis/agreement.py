@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from xsiam.analysis.base import (
@@ -32,6 +31,7 @@ from xsiam.analysis.comparison import (
     top_overlap,
 )
 from xsiam.analysis.context import Context
+from xsiam.analysis.matrices import own_entries
 from xsiam.analysis.statistics import SMALLEST_SAMPLE, Finding, judge
 from xsiam.analysis.unmodified import (
     NEUTRAL,
@@ -277,16 +277,7 @@ def _problem(context: Context, name: str, sides: Sequence[Sequence[str]]) -> str
 
 
 def _entries(result: PairAttribution, tokens: str) -> NDArray[np.float64]:
-    matrix = result.matrix.double()
-    if tokens == "own":
-        own_a, own_b = (
-            ~(torch.tensor(special) | torch.tensor(prompt))
-            for special, prompt in (
-                (result.special_mask_a, result.prompt_mask_a),
-                (result.special_mask_b, result.prompt_mask_b),
-            )
-        )
-        matrix = matrix[own_a][:, own_b]
+    matrix = own_entries(result) if tokens == "own" else result.matrix.double()
     return matrix.flatten().numpy()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from xsiam.analysis.base import (
     MODEL,
@@ -18,7 +17,8 @@ from xsiam.analysis.base import (
     register_analysis,
 )
 from xsiam.analysis.context import Context
-from xsiam.analysis.statistics import SMALLEST_SAMPLE, judge
+from xsiam.analysis.matrices import own_entries
+from xsiam.analysis.statistics import SMALLEST_SAMPLE, judge, ratio_of_sums
 from xsiam.result import PairAttribution
 
 if TYPE_CHECKING:
@@ -39,17 +39,14 @@ def carried(result: PairAttribution, order: str, tokens: str = "all") -> np.ndar
     Args:
         result: The attribution of one pair of texts.
         order: "absolute": largest |A_ij| first (P1); "signed": largest A_ij first.
-        tokens: "all" token pairs, or those of the texts' "own" tokens, without special tokens.
+        tokens: "all" token pairs, or those of the texts' "own" tokens, which are neither special
+            nor of a prompt.
 
     Returns:
         Sums in units of the score; a share counts as many pairs as reach it, at least one. Zeros
         where a text has no token of its own.
     """
-    matrix = result.matrix.double()
-    if tokens == "own":
-        matrix = matrix[~torch.tensor(result.special_mask_a)][
-            :, ~torch.tensor(result.special_mask_b)
-        ]
+    matrix = own_entries(result) if tokens == "own" else result.matrix.double()
     flat = matrix.flatten()
     if not len(flat):
         return np.zeros(len(SHARES))
@@ -70,6 +67,7 @@ class Concentration(AbstractAnalysis):
     name = "concentration"
     question = "How few token pairs carry the scores, and how many entries are negative?"
     source = "P1"
+    version = 2
     needs = Needs(min_pairs=SMALLEST_SAMPLE)
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
@@ -91,7 +89,7 @@ class Concentration(AbstractAnalysis):
                     sums = np.stack([carried(r, order, tokens) for r in results])
                     for column, share in enumerate(SHARES):
                         found = context.interval(
-                            [sums[:, column], sums[:, -1]], _ratio_of_sums, paired=True
+                            [sums[:, column], sums[:, -1]], ratio_of_sums, paired=True
                         )
                         where = {"layer": layer, "tokens": tokens, "order": order}
                         curves.append({**where, "share_of_pairs": share, **found.row()})
@@ -138,7 +136,3 @@ class Concentration(AbstractAnalysis):
             for order in ORDERS
         }
         return {"carried": curves_figure(lines, "share of token pairs", "share of the score")}
-
-
-def _ratio_of_sums(part: Any, whole: Any, axis: int = -1) -> Any:
-    return np.sum(part, axis=axis) / np.sum(whole, axis=axis)

@@ -21,8 +21,8 @@ __all__ = [
     "locate",
     "negation_pairs",
     "slot_pairs",
+    "spans_around",
     "unrelated_affirmatives",
-    "word_spans",
 ]
 
 NEUTRAL = "really"
@@ -116,10 +116,11 @@ def locate(text: str, word: str) -> Span | None:
     return found[0] if len(found) == 1 else None
 
 
-def word_spans(text: str, kept: Span | None = None) -> list[Span]:
+def spans_around(text: str, kept: Span | None = None) -> list[Span]:
     """Return the spans of all words of a text in order, those within ``kept`` as one.
 
-    Punctuation belongs to no word.
+    Other than for `xsiam.spans.word_spans`, punctuation belongs to no word, and a hyphen does: what
+    is asked is how a word compares with other words.
     """
     words = [match.span() for match in WORD.finditer(text)]
     if kept is None:

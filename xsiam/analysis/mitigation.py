@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from xsiam.analysis.base import (
     MITIGATED,
@@ -21,6 +20,7 @@ from xsiam.analysis.base import (
     VectorRequest,
     register_analysis,
 )
+from xsiam.analysis.comparison import spearman_along
 from xsiam.analysis.context import Context
 from xsiam.analysis.minimal_pairs import NegationPair, SlotPair, slot_pairs
 from xsiam.analysis.negation import negation_cases, negations
@@ -161,22 +161,18 @@ def _pairs(context: Context, models: Sequence[str]) -> _Pairs:
         NotApplicableError: If there are too few negations or antonyms, or as `usable_probes` does.
     """
     negated, notes = negations(context, models, SPLIT)
-    probes, found = usable_probes(context, models, ("synonym", "antonym", "unrelated"))
-    slots, missed = slot_pairs(_of_split(probes))
+    probes, found = usable_probes(context, models, ("synonym", "antonym", "unrelated"), SPLIT)
+    slots, missed = slot_pairs(probes)
     if missed:
         notes.append(f"{missed} probes are left out: a word is not in its sentence exactly once.")
     slots = [pair for pair in slots if pair.relation in ("synonym", "antonym", "unrelated")]
     require_units({p.words for p in slots if p.relation == "antonym"}, "pairs of antonyms")
     paraphrases: list[Probe] = []
     if any(p.category == "paraphrase" for p in context.probes.probes):
-        paraphrases, more = usable_probes(context, models, ("paraphrase",))
+        paraphrases, more = usable_probes(context, models, ("paraphrase",), SPLIT)
         found += more
     notes += [note for note in dict.fromkeys(found) if note not in notes]
-    return _Pairs(negated, slots, _of_split(paraphrases), notes)
-
-
-def _of_split(probes: Iterable[Probe]) -> list[Probe]:
-    return [p for p in probes if p.split in (None, SPLIT)]
+    return _Pairs(negated, slots, paraphrases, notes)
 
 
 def _scores(context: Context, model: str, pairs: _Pairs) -> dict[Key, dict[Any, float]]:
@@ -259,20 +255,13 @@ def _correlation(context: Context, models: Sequence[str]) -> tuple[list[dict[str
             return [], [f"Correlations with the labels are undefined: {reason}."]
     arrays = [values.double().numpy() for values in (*scores, labels)]
     change = context.interval(arrays, _gain, paired=True)
-    before, after = (float(_spearman(values, arrays[2])) for values in arrays[:2])
+    before, after = (float(spearman_along(values, arrays[2])) for values in arrays[:2])
     return [{"before": before, "after": after, **change.row()}], []
 
 
 def _gain(before: Any, after: Any, labels: Any, axis: int = -1) -> Any:
     """Return the difference of two Spearman correlations with the same labels."""
-    return _spearman(after, labels, axis) - _spearman(before, labels, axis)
-
-
-def _spearman(values: Any, labels: Any, axis: int = -1) -> Any:
-    """Return Spearman correlations along an axis, of all resamples at once."""
-    ranks = [rankdata(given, axis=axis) for given in (values, labels)]
-    a, b = (r - r.mean(axis=axis, keepdims=True) for r in ranks)
-    return (a * b).sum(axis=axis) / np.sqrt((a**2).sum(axis=axis) * (b**2).sum(axis=axis))
+    return spearman_along(after, labels, axis) - spearman_along(before, labels, axis)
 
 
 def _findings(changes: Sequence[Mapping[str, Any]]) -> list[Finding]:

@@ -30,7 +30,7 @@ from xsiam.analysis.negation_scores import (
     template_of,
 )
 from xsiam.analysis.probe_sets import usable_probes
-from xsiam.analysis.statistics import SMALLEST_SAMPLE, Finding, judge
+from xsiam.analysis.statistics import SMALLEST_SAMPLE, Finding, judge, ratio_of_sums
 from xsiam.analysis.word_measures import (
     LineCase,
     Row,
@@ -39,7 +39,6 @@ from xsiam.analysis.word_measures import (
     entry_of,
     estimate,
     finding_interval,
-    ratio_of_means,
     require_units,
     word_lines,
 )
@@ -171,13 +170,13 @@ def negations(
     Args:
         context: Where probes and models are.
         models: Names of the models.
-        split: Split of the bundled probes to take; None takes all. Other probes have no split.
+        split: As of `usable_probes`.
 
     Raises:
         NotApplicableError: If there are too few templates, or as `usable_probes` does.
     """
-    probes, notes = usable_probes(context, models, ("negation",))
-    pairs, missed = negation_pairs(p for p in probes if p.split is None or split in (None, p.split))
+    probes, notes = usable_probes(context, models, ("negation",), split)
+    pairs, missed = negation_pairs(probes)
     if missed:
         notes.append(
             f"{missed} probes are left out: the negating word is not in exactly one of their "
@@ -276,7 +275,7 @@ def _explained(
         kept = [t for t in word if t in base]
         change = [negated[t] - base[t] for t in kept]
         if len(kept) >= SMALLEST_SAMPLE and any(change):
-            share = context.interval([[word[t] for t in kept], change], ratio_of_means, paired=True)
+            share = context.interval([[word[t] for t in kept], change], ratio_of_sums, paired=True)
             found.append({"layer": layer, **share.row()})
     return found
 

@@ -8,8 +8,8 @@ from typing import Any
 from xsiam.analysis.base import MODEL
 from xsiam.analysis.context import Context
 from xsiam.analysis.minimal_pairs import NegationPair, unrelated_affirmatives
-from xsiam.analysis.statistics import SMALLEST_SAMPLE
-from xsiam.analysis.word_measures import Row, by_unit, differences, estimate, ratio_of_means
+from xsiam.analysis.statistics import SMALLEST_SAMPLE, ratio_of_sums
+from xsiam.analysis.word_measures import Row, by_unit, differences, estimate
 
 __all__ = [
     "BEYOND",
@@ -118,7 +118,7 @@ def _drop(context: Context, rows: Sequence[Row]) -> list[dict[str, Any]]:
     found.append({**where, **estimate(context, list(unrelated.values()))})
     if len(base) >= SMALLEST_SAMPLE:
         drops = [differences(base, negated), differences(base, unrelated)]
-        share = context.interval(drops, ratio_of_means, paired=True)
+        share = context.interval(drops, ratio_of_sums, paired=True)
         where = {"quantity": DROP, "unit": "share"}
         found.append({"against": ITSELF, **where, **share.row()})
     return found

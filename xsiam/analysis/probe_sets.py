@@ -152,18 +152,28 @@ def _probe(table: Table, row: int) -> Probe:
 
 
 def usable_probes(
-    context: Context, models: Sequence[str], categories: Sequence[str]
+    context: Context, models: Sequence[str], categories: Sequence[str], split: str | None = None
 ) -> tuple[list[Probe], list[str]]:
     """Return the probes of some categories that models may be judged by, and notes about them.
 
     Left out are probes that one of the models was tuned on, as far as that is recorded: of a
     bundled split that a model has seen, all templates and all contrasted words.
 
+    Args:
+        context: Where probes and models are.
+        models: Names of the models.
+        categories: Categories of probes.
+        split: Split of the bundled probes to take; None takes all. Other probes have no split.
+
     Raises:
         NotApplicableError: If there are none of these categories, none is left, or they are not in
             the language of a tokenizer.
     """
-    wanted = [p for p in context.probes.probes if p.category in categories]
+    wanted = [
+        p
+        for p in context.probes.probes
+        if p.category in categories and (p.split is None or split in (None, p.split))
+    ]
     listed = " or ".join(categories)
     if not wanted:
         raise NotApplicableError(f"there are no probes of category {listed} in `{KEY}`")

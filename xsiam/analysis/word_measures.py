@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from xsiam.analysis.base import NotApplicableError
-from xsiam.analysis.minimal_pairs import SlotPair, word_spans
+from xsiam.analysis.minimal_pairs import SlotPair, spans_around
 from xsiam.analysis.probe_sets import KEY
 from xsiam.analysis.statistics import SMALLEST_SAMPLE, Interval
 from xsiam.spans import Span
@@ -30,7 +30,6 @@ __all__ = [
     "estimate",
     "finding_interval",
     "line_of",
-    "ratio_of_means",
     "require_units",
     "rest_note",
     "slot_entries",
@@ -85,7 +84,7 @@ def entry_of(result: PairAttribution, span_a: Span, span_b: Span) -> WordEntry |
     """Return the entry of two words; None where one has no token within the model's window."""
     if not (has_token(result, "a", span_a) and has_token(result, "b", span_b)):
         return None
-    spans_a, spans_b = word_spans(result.text_a, span_a), word_spans(result.text_b, span_b)
+    spans_a, spans_b = spans_around(result.text_a, span_a), spans_around(result.text_b, span_b)
     whole = result.sum_spans(spans_a, spans_b).matrix
     words = whole[:-1, :-1].abs()
     value = whole[spans_a.index(span_a), spans_b.index(span_b)]
@@ -102,8 +101,8 @@ def line_of(result: PairAttribution, span: Span, side: str) -> WordLine | None:
     """Return the row (``side`` "a") or column ("b") of a word; None where it has no token."""
     if not has_token(result, side, span):
         return None
-    spans_a = word_spans(result.text_a, span if side == "a" else None)
-    spans_b = word_spans(result.text_b, span if side == "b" else None)
+    spans_a = spans_around(result.text_a, span if side == "a" else None)
+    spans_b = spans_around(result.text_b, span if side == "b" else None)
     sums = result.sum_spans(spans_a, spans_b)
     whole, effects, spans = sums.matrix, sums.main_effects_a, spans_a
     if side == "b":
@@ -254,11 +253,6 @@ def require_units(units: Collection[Any], what: str) -> None:
 def differences(first: Mapping[Any, float], second: Mapping[Any, float]) -> list[float]:
     """Return first − second of the units that both have."""
     return [value - second[key] for key, value in first.items() if key in second]
-
-
-def ratio_of_means(part: Any, whole: Any, axis: int = -1) -> Any:
-    """Return mean(part) / mean(whole): of ratios in each unit one near zero would be unbounded."""
-    return np.mean(part, axis=axis) / np.mean(whole, axis=axis)
 
 
 def _kept(rows: Iterable[Row | None]) -> tuple[list[Row], int]:
