@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from xsiam import PairAttribution, SiameseEncoder
-from xsiam.perturbation import Absence, own_places, pair_order, scores_without
+from xsiam.perturbation import Absence, pair_order, scores_without
+from xsiam.result import own_places
 
 DELETED = 5  # token pairs that are taken out one after the other
 

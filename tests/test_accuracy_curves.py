@@ -179,7 +179,7 @@ def test_fixed_rules_as_configured_are_compared_with_nothing(tmp_path: Path) -> 
 
 
 def test_curves_are_of_a_subset_that_the_notes_state(tmp_path: Path) -> None:
-    context = context_of(tmp_path, encoder(shift=True), layers=(3,), n_costly_pairs=12)
+    context = context_of(tmp_path, encoder(shift=True), layers=(3,), n_costly_pairs=6)
     found = answered("accuracy", context)
     assert {row["n"] for row in found.tables["curves"].rows} == {6}
     assert "n = 7 pairs" in found.notes[0]

@@ -13,12 +13,12 @@ from xsiam.perturbation import (
     embed_without,
     interactions,
     mean_state,
-    own_places,
     pair_order,
     protocols_of,
     score_matrix,
     scores_without,
 )
+from xsiam.result import own_places
 from xsiam.split import evaluation_mode
 
 WORDS_A = TEXT_A.split()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xsiam.errors import InputError
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 from xsiam.spans import SpanAttribution
 from xsiam.tables import suggest
 
@@ -295,12 +295,7 @@ def _entries(
         )
     if units != "tokens":
         return _entries(attribution.sum_words(), None)
-    sides = []
-    for name in ("a", "b"):
-        special = getattr(attribution, f"special_mask_{name}")
-        prompt = getattr(attribution, f"prompt_mask_{name}")
-        sides.append([k for k, s in enumerate(special) if not s and not prompt[k]])
-    rows, columns = sides
+    rows, columns = own_places(attribution)
     return (
         [attribution.tokens_a[i] for i in rows],
         [attribution.tokens_b[j] for j in columns],

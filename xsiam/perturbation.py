@@ -16,7 +16,7 @@ from torch import Tensor
 from xsiam.encoder import Parts, SiameseEncoder
 from xsiam.errors import InputError
 from xsiam.linear import FastLinear
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 from xsiam.split import Features, evaluation_mode, features_to, select_rows
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "embed_without",
     "interactions",
     "mean_state",
-    "own_places",
     "pair_order",
     "protocols_of",
     "score_matrix",
@@ -85,13 +84,6 @@ def mean_state(
             own = features["attention_mask"].bool() & ~features["special_tokens_mask"].bool()
             states.append(encoder.split.capture(features, layer)[own])
     return torch.cat(states).mean(0)
-
-
-def own_places(result: PairAttribution) -> tuple[list[int], list[int]]:
-    """Return the positions of each text's own tokens, without special and prompt tokens."""
-    return _own(result.special_mask_a, result.prompt_mask_a), _own(
-        result.special_mask_b, result.prompt_mask_b
-    )
 
 
 def embed_without(
@@ -196,10 +188,6 @@ def pair_order(matrix: Tensor, n_pairs: int) -> list[tuple[int, int]]:
 def _norms(parts: Parts) -> Tensor:
     """Return norms that can be divided by: a text of no words may have an embedding of zero."""
     return parts.norm.double().clamp_min(_LEAST_NORM)
-
-
-def _own(special: Sequence[bool], prompt: Sequence[bool]) -> list[int]:
-    return [k for k, pair in enumerate(zip(special, prompt, strict=True)) if not any(pair)]
 
 
 def _check(

@@ -228,6 +228,16 @@ class PairAttribution:
         return read_result(path)[0]
 
 
+def own_places(result: PairAttribution) -> tuple[list[int], list[int]]:
+    """Return the positions of each text's own tokens, without special and prompt tokens."""
+    masks = (
+        (result.special_mask_a, result.prompt_mask_a),
+        (result.special_mask_b, result.prompt_mask_b),
+    )
+    places = [[k for k, m in enumerate(zip(*both, strict=True)) if not any(m)] for both in masks]
+    return places[0], places[1]
+
+
 def write_result(
     result: PairAttribution, path: str | Path, extra: Mapping[str, Any] | None = None
 ) -> None:

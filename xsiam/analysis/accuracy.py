@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xsiam.accuracy import sample_pairs
 from xsiam.analysis.base import (
     MODEL,
     AbstractAnalysis,
@@ -66,6 +65,7 @@ class Accuracy(AbstractAnalysis):
     name = "accuracy"
     question = "How accurate are the attributions, and how many nodes does that take?"
     source = "P1"
+    version = 2
     needs = Needs(min_pairs=SMALLEST_SAMPLE)
 
     def requests(self, context: Context) -> Iterable[VectorRequest]:
@@ -74,7 +74,7 @@ class Accuracy(AbstractAnalysis):
 
     def run(self, context: Context) -> AnalysisResult:
         """Summarise the errors, time some texts, and measure the published rule."""
-        subset = costly_subset(context)
+        subset = context.costly_pairs()
         errors, curves = [], []
         metrics: dict[str, float] = {}
         fixed: dict[int, list[list[RuleErrors]]] = {}
@@ -134,12 +134,6 @@ class Accuracy(AbstractAnalysis):
         }
 
 
-def costly_subset(context: Context) -> PairDataset:
-    """Return a seeded subset of the pairs, with `n_costly_pairs` texts (or 5 pairs)."""
-    wanted = max(SMALLEST_SAMPLE, context.settings.n_costly_pairs // 2)
-    return context.pairs.select(sample_pairs(len(context.pairs), wanted, context.settings.seed))
-
-
 def _errors_row(context: Context, layer: int) -> dict[str, Any]:
     results = context.pair_attributions(MODEL, layer)
     both = list(context.pair_vectors(MODEL, layer))
@@ -182,11 +176,6 @@ def largest_share(residuals: Array, bounds: Array, maximal_scores: Array) -> flo
     return float((residuals[above] / bounds[above]).max()) if above.any() else None
 
 
-def _anew(context: Context, layer: int, **replaced: Any) -> PairAttributor:
-    """Return an attributor that knows no text yet."""
-    return PairAttributor(context.encoder, layer, **{**context.attributor_settings, **replaced})
-
-
 def _seconds_per_text(context: Context, layer: int, subset: PairDataset) -> float:
     keys = dict.fromkeys(
         (text, role)
@@ -194,7 +183,7 @@ def _seconds_per_text(context: Context, layer: int, subset: PairDataset) -> floa
         for text, role in zip(pair, context.roles, strict=True)
     )
     chosen = list(keys)[:TIMED_TEXTS]
-    attributor = _anew(context, layer)
+    attributor = PairAttributor(context.encoder, layer, **context.attributor_settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # noted of all texts
         warnings.simplefilter("ignore", TruncationWarning)

@@ -26,10 +26,9 @@ from xsiam.perturbation import (
     Roles,
     embed_without,
     interactions,
-    own_places,
     score_matrix,
 )
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 from xsiam.split import evaluation_mode, features_to
 
 __all__ = [

@@ -45,12 +45,11 @@ from xsiam.perturbation import (
     Absence,
     Roles,
     mean_state,
-    own_places,
     pair_order,
     protocols_of,
     scores_without,
 )
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

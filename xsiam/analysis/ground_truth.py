@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xsiam.analysis.base import NotApplicableError, ResultTable
 from xsiam.analysis.baselines import BASELINES, BaselineMatrix, PairCase, explain
-from xsiam.perturbation import own_places
+from xsiam.result import own_places
 
 __all__ = ["planted_table", "precision_at_planted"]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from xsiam.metrics import spearman
-from xsiam.perturbation import own_places
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 
 __all__ = ["centred", "correlation", "own_entries"]
 

@@ -27,8 +27,7 @@ from xsiam.analysis.statistics import SMALLEST_SAMPLE, Interval, judge
 from xsiam.attribution import PairAttributor
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning
-from xsiam.perturbation import own_places
-from xsiam.result import PairAttribution
+from xsiam.result import PairAttribution, own_places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
