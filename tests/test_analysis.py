@@ -307,6 +307,33 @@ def test_finished_analyses_are_reused(inputs: Path, tmp_path: Path, integrated: 
     assert integrated
 
 
+@pytest.mark.usefixtures("registered")
+def test_texts_of_one_analysis_are_not_integrated_again_for_another(
+    inputs: Path, tmp_path: Path, integrated: list[int]
+) -> None:
+    new = ["a red kitten", "the yard is big"]
+
+    def requests(self: Any, context: Context) -> Any:
+        return context.requests(["model"], [PAIRS[0][0], new[0]], [PAIRS[0][1], new[1]])
+
+    def run(self: Any, context: Context) -> AnalysisResult:
+        results = context.attributions("model", 2, [PAIRS[0][0], new[0]], [new[1], PAIRS[0][1]])
+        sums = [{"sum": float(r.matrix.sum() + r.residual), "score": r.score} for r in results]
+        return AnalysisResult({"sums": ResultTable(sums, "sums")})
+
+    register("further", run, requests=requests)
+    evaluate(inputs, tmp_path)
+    integrated.clear()
+    result = evaluate(inputs, tmp_path, f"analysis.names=[{NAME},further]")
+    assert integrated == [len(new)] * len(LAYERS)
+    assert analyses(result)["further"]["status"] == "finished"
+    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu")
+    scores = encoder.score([PAIRS[0][0], new[0]], [new[1], PAIRS[0][1]]).tolist()
+    rows = pq.read_table(tmp_path / "analysis" / "further" / "sums.parquet").to_pylist()
+    assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)
+    assert [row["sum"] for row in rows] == pytest.approx(scores, abs=1e-5)  # texts of two folders
+
+
 def test_interrupted_integration_goes_on(
     inputs: Path, tmp_path: Path, integrated: list[int]
 ) -> None:

@@ -22,7 +22,8 @@ from xsiam.config import AnalysisConfig
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.index import TokenVectorIndex
-from xsiam.index_building import describe
+from xsiam.index_building import describe, missing_shards
+from xsiam.index_manifest import Manifest
 from xsiam.pairs import PairDataset
 from xsiam.reading import TokenVectors
 from xsiam.result import PairAttribution
@@ -63,8 +64,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     _encoders: dict[str, SiameseEncoder] = field(default_factory=dict)
     _attributors: dict[tuple[str, int], PairAttributor] = field(default_factory=dict)
-    _indices: dict[Key, TokenVectorIndex] = field(default_factory=dict)
-    _places: dict[Key, dict[str, int]] = field(default_factory=dict)
+    _places: dict[Key, dict[str, tuple[TokenVectorIndex, int]]] = field(default_factory=dict)
     _parses: dict[str, ParsedText] = field(default_factory=dict)
 
     # -- models ---------------------------------------------------------------------------------
@@ -129,51 +129,55 @@ class Context:
     def prepare(self, requests: Iterable[VectorRequest], rank: int, world_size: int) -> None:
         """Integrate what is asked for; of several processes each does its share of the texts.
 
-        What is on disk already is kept; the call goes on where an earlier one was interrupted.
+        Texts that are on disk already, for whatever analysis, are not integrated again; the call
+        goes on where an earlier one was interrupted.
         """
         for key, texts in _joined(requests).items():
-            self._index(key, texts, rank, world_size)
+            known = self._known(key, texts)
+            missing = [text for text in texts if text not in known]
+            if missing:
+                self._build(key, missing, rank, world_size)
 
     def open(self, requests: Iterable[VectorRequest]) -> None:
-        """Open what all processes have prepared."""
+        """Open what all processes have prepared.
+
+        Raises:
+            RuntimeError: If something is missing.
+        """
         for key, texts in _joined(requests).items():
-            index = self._index(key, texts, 0, 1)
-            missed = int((~index.converged).sum())
+            known = self._known(key, texts)
+            absent = sum(text not in known for text in texts)
+            if absent:
+                raise RuntimeError(f"Expected {key} to be prepared, but {absent} texts are not.")
+            self._places[key] = {text: known[text] for text in texts}
+            flags = {id(index): index.converged for index, _ in known.values()}
+            missed = sum(not flags[id(index)][i] for index, i in self._places[key].values())
             if missed:
                 self.notes.append(
-                    f"{missed} of {len(index)} texts did not meet the tolerance "
-                    f"{index.settings.tolerance:g} with `{key[0]}` at layer {key[1]}."
+                    f"{missed} of {len(texts)} texts did not meet the tolerance "
+                    f"{self.attributor(*key[:2]).tolerance:g} with `{key[0]}` at layer {key[1]}."
                 )
-            self._indices[key] = index
-            self._places[key] = {text: i for i, text in enumerate(texts)}
 
     def attributions(
         self, model: str, layer: int, texts_a: Sequence[str], texts_b: Sequence[str]
     ) -> list[PairAttribution]:
         """Return the attributions of pairs whose texts were requested."""
-        (index_a, places_a), (index_b, places_b) = (
-            self._opened((model, layer, role)) for role in self.roles
-        )
-        if index_a is index_b:
-            return [
-                index_a.attribute(places_a[a], places_a[b])
-                for a, b in zip(texts_a, texts_b, strict=True)
-            ]
-        return [
-            combine(
-                index_a.token_vectors(places_a[a]),
-                index_b.token_vectors(places_b[b]),
-                index_a.settings,
-            )
-            for a, b in zip(texts_a, texts_b, strict=True)
-        ]
+        settings = self.attributor(model, layer).settings
+        sides = zip((texts_a, texts_b), self.roles, strict=True)
+        both = [self.token_vectors(model, layer, texts, role) for texts, role in sides]
+        return [combine(a, b, settings) for a, b in zip(*both, strict=True)]
 
     def token_vectors(
         self, model: str, layer: int, texts: Iterable[str], role: str | None
     ) -> Iterator[TokenVectors]:
         """Yield the token vectors of texts that were requested in that role."""
-        index, places = self._opened((model, layer, role))
-        return (index.token_vectors(places[text]) for text in texts)
+        key = (model, layer, role)
+        if key not in self._places:
+            raise RuntimeError(
+                f"Expected token vectors of {key} to be requested before they are read."
+            )
+        places = self._places[key]
+        return (index.token_vectors(i) for index, i in (places[text] for text in texts))
 
     def requests(
         self,
@@ -215,25 +219,26 @@ class Context:
         both = [self.token_vectors(model, layer, texts, role) for texts, role in sides]
         return zip(*both, strict=True)
 
-    def _opened(self, key: Key) -> tuple[TokenVectorIndex, dict[str, int]]:
-        if key not in self._indices:
-            raise RuntimeError(
-                f"Expected token vectors of {key} to be requested before they are read."
-            )
-        return self._indices[key], self._places[key]
+    def _known(self, key: Key, texts: Sequence[str]) -> dict[str, tuple[TokenVectorIndex, int]]:
+        """Return where texts are whose token vectors are on disk, of this model and settings."""
+        wanted = _but_texts(describe(self.attributor(*key[:2]), texts, key[2], "float32", _SHARD))
+        found: dict[str, tuple[TokenVectorIndex, int]] = {}
+        for path in sorted(self.folder.glob(f"{_prefix(key)}-*")):
+            manifest = Manifest.read(path)
+            if _but_texts(manifest) == wanted and not missing_shards(path, manifest):
+                index = TokenVectorIndex(path, manifest)
+                found |= {text: (index, i) for i, text in enumerate(index.texts)}
+        return found
 
-    def _index(
-        self, key: Key, texts: Sequence[str], rank: int, world_size: int
-    ) -> TokenVectorIndex:
+    def _build(self, key: Key, texts: Sequence[str], rank: int, world_size: int) -> None:
         attributor = self.attributor(*key[:2])
         manifest = describe(attributor, texts, key[2], "float32", _SHARD)
-        name = f"{key[0].replace('/', '-')}-layer_{key[1]}-{manifest.key()[:12]}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # noted when it is opened
-            return TokenVectorIndex.build(
+            TokenVectorIndex.build(
                 attributor,
                 texts,
-                self.folder / name,
+                self.folder / f"{_prefix(key)}-{manifest.key()[:12]}",
                 role=key[2],
                 dtype="float32",
                 shard_size=_SHARD,
@@ -314,3 +319,14 @@ def _joined(requests: Iterable[VectorRequest]) -> dict[Key, list[str]]:
     for request in requests:
         found.setdefault((request.model, request.layer, request.role), set()).update(request.texts)
     return {key: sorted(texts, key=lambda text: (len(text), text)) for key, texts in found.items()}
+
+
+def _prefix(key: Key) -> str:
+    """Return how the folders of a model and layer begin."""
+    return f"{key[0].replace('/', '-')}-layer_{key[1]}"
+
+
+def _but_texts(manifest: Manifest) -> dict[str, Any]:
+    """Return all facts of an index but which texts it holds."""
+    facts = manifest.facts()
+    return {name: facts[name] for name in facts if name not in ("n_texts", "texts_sha256")}
