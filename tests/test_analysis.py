@@ -470,6 +470,8 @@ def test_processes_share_the_work(inputs: Path, finished: EvaluationResult, tmp_
     content = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert content["metrics"] == pytest.approx(finished.metrics, rel=1e-4, abs=1e-5)
     assert content["analyses"][NAME]["status"] == "finished"
+    summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    assert "* command: `torchrun --nproc-per-node 2 evaluate.py evaluate checkpoint=" in summary
 
 
 def test_markdown_tables() -> None:

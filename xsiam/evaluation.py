@@ -40,6 +40,7 @@ from xsiam.evaluation_inputs import (
     plan_analyses,
 )
 from xsiam.history import SCHEMA_VERSION, finite, run_facts, write_results
+from xsiam.index_building import process_of
 from xsiam.layer_store import (
     LayerResults,
     LayerStore,
@@ -406,7 +407,7 @@ class _Evaluation:
         shifted = f"shifted by `{encoder.reference_label}`" if encoder.shift else "not shifted"
         versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
         return {
-            "command": f"`{shlex.join(['python', 'evaluate.py', *facts['command'][1:]])}`",
+            "command": f"`{shlex.join([*_launcher(), 'evaluate.py', *facts['command'][1:]])}`",
             "model": f"`{config.checkpoint}`, {encoder.similarity}, {shifted}",
             "pairs": f"{min(config.analysis.n_pairs, len(self.pairs))} of {len(self.pairs)} of "
             f"{self.pairs.name}",
@@ -441,6 +442,12 @@ class _Evaluation:
                 "pairs": self.sample,
             },
         }
+
+
+def _launcher() -> list[str]:
+    """Return what starts an evaluation in as many processes as this one has."""
+    _, world_size = process_of(None, None)
+    return ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

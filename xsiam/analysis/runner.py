@@ -92,7 +92,7 @@ class Plan:
 
         An analysis that fails is reported as failed and does not keep others from finishing.
         """
-        if self._requests:
+        if self._requests and group.first:
             self.tell("Integrating the token vectors that the analyses need …")
         self.context.prepare(self._requests, group.rank, group.world_size)
         group.wait()
