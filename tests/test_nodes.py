@@ -109,7 +109,7 @@ class Peaked:
         values = torch.from_numpy(peak(alphas.numpy()))[..., None] * self.shares  # [n, 3, S]
         n_panels = int(panels.max()) + 1
         one_hot = torch.nn.functional.one_hot(panels, n_panels).double()
-        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values)
+        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values), values.sum(2)
 
 
 @pytest.mark.parametrize("length", [5, 40])
@@ -164,7 +164,7 @@ class Steep(Peaked):
         self.n_evaluated += len(alphas)
         values = torch.from_numpy(self.derivative(self.jittered(alphas)))[..., None] * self.shares
         one_hot = torch.nn.functional.one_hot(panels, int(panels.max()) + 1).double()
-        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values)
+        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values), values.sum(2)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from xsiam.split import (
     trim,
 )
 from xsiam.texts import Truncations, check_pairs, check_texts
-from xsiam.weights import WeightsWatch
 
 SIMILARITIES = {"cosine": "cos", "dot": "dot"}  # sentence-transformers' names: ours
 _SUPPORTED_MODULES = (Transformer, Pooling, Dense, Normalize, LayerNorm, Dropout)
@@ -107,7 +106,6 @@ class SiameseEncoder(nn.Module):
         _check_modules(modules)
         ends_normalized = isinstance(modules[-1], Normalize)
         self.normalize = ends_normalized if normalize is None else normalize
-        self._watch = WeightsWatch(model)
         self._shift_cache: dict[Hashable, Tensor] = {}
         self._cache_weights: Hashable = None
         self.longest_warned = 0
@@ -367,11 +365,11 @@ class SiameseEncoder(nn.Module):
     @property
     def model_fingerprint(self) -> str:
         """16 hex digits that name this set of weights."""
-        return self._watch.fingerprint()
+        return self.split.weights.fingerprint()
 
     def weights_held(self) -> AbstractContextManager[None]:
         """Return a context in which no weight changes, so that they are looked at only once."""
-        return self._watch.held()
+        return self.split.weights.held()
 
     def check_role(self, role: str | None) -> None:
         """Raise InputError where ``role`` is neither None nor a known role."""
@@ -454,7 +452,7 @@ class SiameseEncoder(nn.Module):
 
     def _cached_shift(self, features: Features) -> Tensor:
         """Return e(r) per text from the cache; what is missing is embedded in one forward."""
-        weights = self._watch.key()
+        weights = self.split.weights.key()
         if weights != self._cache_weights or len(self._shift_cache) > _CACHE_LIMIT:
             self._shift_cache.clear()
             self._cache_weights = weights

@@ -10,20 +10,23 @@ factors, which is counted as noise; a text that is not accepted so is integrated
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist, fmean
 
 import torch
 from torch import Tensor
 
 from xsiam.nodes import (
+    candidates,
     embed_missing_ends,
     error_on,
     fitted_curve,
     flatten,
     is_over,
+    keep_samples,
     plan,
-    proposed_rule,
     sample_cost,
 )
 from xsiam.panels import (
@@ -44,9 +47,12 @@ _NOISE_UNITS = 1.0
 # Where measuring a rule costs at least this share of evaluating it, the first one is evaluated at
 # once: it does for most texts.
 _WORTH_A_TRY = 0.15
-# What the first rule may err on xsiam's own text, as a share of the tolerance: it is accepted at
-# the whole of it.
-_FIRST_SHARE = 0.5
+# How the logarithm of a rule's error spreads over texts.
+_SPREAD = NormalDist(sigma=1.0)
+# A rule that errs by less than this share of the tolerance on xsiam's own texts misses none.
+_LEAST_SHARE = 0.02
+# A text that misses the first rule is planned to this share of the tolerance.
+_OWN_SHARE = 0.5
 # A path of ours that takes more nodes than this is left, and there is no rule of its kind to try.
 _MOST_PROBED = 64
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
@@ -89,7 +95,7 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     rows = torch.arange(group.size).repeat_interleave(rule.n_nodes)
     weights = rule.weights if rule.embedded_weights is None else rule.embedded_weights
     stacked = torch.stack([rule.weights, weights]).repeat(1, group.size)
-    sums = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
+    sums, _ = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
     texts = [
         PathPanels(i, tolerance, rule.n_nodes, [_whole(group, i, rule)]) for i in range(group.size)
     ]
@@ -106,11 +112,13 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
     """Return the nodes to begin with, from the paths of some groups.
 
     Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
-    where. Each of them proposes a rule. A text that a rule does not do for is evaluated again with
-    its own, and the rule is taken with which those texts would cost the fewest nodes. Where one of
-    them has none to propose, or its path takes too many nodes for one, it is the plain one.
+    where. How much a rule errs differs from text to text: the chance that a text misses the
+    tolerance follows from its errors on ours and their usual spread. What misses is sampled at the
+    nodes of that rule and of its own, and evaluated at its own. The rule is taken that costs the
+    fewest nodes with all that. Where a text of ours has no rule of its own, or its path takes too
+    many nodes for one, it is the plain one.
     """
-    proposed, curves = [], []
+    probed, rules = [], []
     budget = min(max_nodes, _MOST_PROBED)
     for group in groups:
         plain = gauss(FIRST_ORDER)
@@ -119,22 +127,25 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
         ]
         plan(group, texts, None)
         for text in texts:
-            allowed = _FIRST_SHARE * tolerance * text.scale
-            found = proposed_rule(text, text.root, max_nodes, allowed)
-            if found is None or text.worst_panels():
+            curve, limit = fitted_curve(text, text.root), tolerance * text.scale
+            if curve is None or text.worst_panels():
                 return plain
-            proposed.append(found)
-            curves.append((fitted_curve(text, text.root), allowed))
+            found = list(_within(limit, candidates(curve, max_nodes)))
+            own = [rule.n_nodes for rule, error in found if error <= _OWN_SHARE * limit]
+            if not own:
+                return plain
+            rules += [rule for rule, _ in found]
+            probed.append((curve, limit, own[0], sample_cost(group)))
 
     def cost(rule: Rule) -> float:
         again = [
-            own.n_nodes
-            for own, (curve, allowed) in zip(proposed, curves, strict=True)
-            if own is not rule and (curve is None or error_on(curve, rule) > allowed)
+            _chance_of_missing(error_on(curve, rule) / limit)
+            * (n_nodes + share * (rule.n_nodes + n_nodes))
+            for curve, limit, n_nodes, share in probed
         ]
-        return rule.n_nodes + sum(again) / len(proposed)
+        return rule.n_nodes + fmean(again)
 
-    return min(proposed, key=cost)
+    return min(rules, key=cost)
 
 
 def integrate_adaptive(
@@ -159,12 +170,8 @@ def integrate_adaptive(
         PathPanels(i, tolerance, max_nodes, [panel], is_rounded=rounded)
         for i, panel in enumerate(whole)
     ]
-    if first is not None and first.n_nodes <= max_nodes and sample_cost(group) >= _WORTH_A_TRY:
-        _evaluate(group, [(text, text.root) for text in texts])
-        for text in texts:
-            if not text.is_accepted() and not is_over(deadline):
-                _begin_again(group, text, rule)
-    plan(group, [text for text in texts if not text.is_evaluated], deadline)
+    if first is None or first.n_nodes > max_nodes or sample_cost(group) < _WORTH_A_TRY:
+        plan(group, texts, deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):
             for text in pending:
@@ -299,13 +306,30 @@ def rounding_of(group: PathGroup, rule: Rule) -> float:
     """Return how far rounded factors move the first path's token vectors or their sum, over |Δ|."""
     weights, numbers = rule.weights[None], torch.zeros(rule.n_nodes, dtype=torch.long)
     exact, rounded = (
-        group.token_sums(numbers, rule.nodes, weights, numbers, rounded=rounded)[0, 0]
+        group.token_sums(numbers, rule.nodes, weights, numbers, rounded=rounded)[0][0, 0]
         for rounded in (False, True)
     )
     difference = rounded - exact
     moved = torch.maximum(difference.norm(dim=0).max(), difference.sum(1).norm())
     delta = group.end_embeddings[0] - group.start_embeddings[0]
     return float(moved) / scale_of(delta, group.start_embeddings[0])
+
+
+def _within(limit: float, rules: Iterable[tuple[Rule, float]]) -> Iterator[tuple[Rule, float]]:
+    """Yield rules that err by no more than the limit, up to the first that errs by far less."""
+    for rule, error in rules:
+        if error <= limit:
+            yield rule, error
+        if error <= _LEAST_SHARE * limit:
+            return
+
+
+def _chance_of_missing(error: float) -> float:
+    """Return how often a rule misses a limit that it errs by ``error`` times of on a text of ours.
+
+    Errors on other texts are taken to be as large on average, and log-normally distributed (ours).
+    """
+    return _SPREAD.cdf(math.log(error)) if error > 0 else 0.0
 
 
 def _whole(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False) -> Panel:
@@ -333,10 +357,13 @@ def _evaluate(group: PathGroup, pending: Sequence[tuple[PathPanels, Panel]]) -> 
             some = chosen[first : first + _PANELS_AT_ONCE]
             rows, alphas, numbers = flatten([(text, panel, panel.rule) for text, panel in some])
             weights = _both_weights([panel for _, panel in some])
-            sums = group.token_sums(rows, alphas, weights, numbers, rounded=rounded)
+            sums, totals = group.token_sums(rows, alphas, weights, numbers, rounded=rounded)
             for number, (text, panel) in enumerate(some):
                 panel.accept(sums[0, number].clone(), sums[1, number], text.scale)
                 text.n_evaluated += panel.rule.n_nodes
+                if panel.error is None and not rounded:
+                    own = totals[numbers == number]
+                    panel.error = keep_samples(group, text, panel, panel.rule, own)
 
 
 def _both_weights(panels: Sequence[Panel]) -> Tensor:
@@ -401,8 +428,8 @@ def _measure_noise_of(group: PathGroup, texts: Sequence[PathPanels]) -> None:
     rows = torch.tensor([text.row for text in texts]).repeat_interleave(torch.tensor(orders))
     nodes = torch.cat([gauss(order).nodes for order in orders])
     arguments = (rows, nodes, torch.ones(1, len(rows)), torch.arange(len(rows)))
-    moved = group.perturbed().token_sums(*arguments)
-    differences = torch.split((moved - group.token_sums(*arguments))[0], orders)
+    moved, own = (paths.token_sums(*arguments)[0] for paths in (group.perturbed(), group))
+    differences = torch.split((moved - own)[0], orders)
     for text, order, difference in zip(texts, orders, differences, strict=True):
         typical = difference.norm(dim=1).amax(dim=1).median()
         integral = torch.einsum("n,nks->ks", gauss(order).weights, difference).norm(dim=0).max()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,22 +61,19 @@ def plan(group: PathGroup, texts: Sequence[PathPanels], deadline: float | None) 
         trials = _next_trials(group, texts)
 
 
-def proposed_rule(
-    text: PathPanels, panel: Panel, most: int, allowed: float | None = None
-) -> Rule | None:
+def proposed_rule(text: PathPanels, panel: Panel, most: int) -> Rule | None:
     """Return the rule of fewest nodes that does on a curve through the samples, or None.
 
     Args:
         text: What was sampled.
         panel: Where the rule is for.
         most: The most nodes that it may have.
-        allowed: What it may err on the curve; None is the panel's share, with a margin.
     """
     curve = fitted_curve(text, panel)
     if curve is None:
         return None
-    share = _PREDICTION_SHARE * text.share(panel)
-    return _cheapest(curve, share if allowed is None else allowed, most)
+    allowed = _PREDICTION_SHARE * text.share(panel)
+    return next((rule for rule, error in candidates(curve, most) if error <= allowed), None)
 
 
 def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
@@ -86,6 +83,21 @@ def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
         return None
     misfit = max(_MISFIT_SHARE * text.share(panel), panel.whole_noise)
     return rational_curve(points, samples, panel.increment().numpy(), misfit)
+
+
+def candidates(curve: RationalCurve, most: int) -> Iterator[tuple[Rule, float]]:
+    """Yield rules of ever more nodes, up to ``most``, that suit a curve, and their errors on it.
+
+    Of each number of nodes these are Gauss-Legendre as it is, and with the best peak.
+    """
+    exact = curve.integral()
+    centres, widths = _peaks(curve, exact)
+    for order in (order for order in _ORDERS if order <= most):
+        plain = gauss(order)
+        yield plain, error_on(curve, plain)
+        errors = _errors(curve, exact, *_mapped(order, centres, widths))
+        best = int(errors.argmin())
+        yield sinh_mapped(plain, float(centres[best]), float(widths[best])), float(errors[best])
 
 
 def error_on(curve: RationalCurve, rule: Rule) -> float:
@@ -112,6 +124,17 @@ def flatten(trials: Sequence[Trial]) -> tuple[torch.Tensor, torch.Tensor, torch.
     return rows, torch.cat([panel.alphas(rule) for _, panel, rule in trials]), numbers
 
 
+def keep_samples(
+    group: PathGroup, text: PathPanels, panel: Panel, rule: Rule, values: torch.Tensor
+) -> float:
+    """Keep the total derivatives [n, K] at a rule's nodes; return the rule's error on the panel."""
+    text.points.append(panel.alphas(rule))
+    text.samples.append(values)
+    resolution = torch.finfo(group.start.dtype).eps
+    panel.steepness = max(panel.steepness, resolution * float(values.norm(dim=1).max()))
+    return float((panel.width * (rule.weights @ values) - panel.increment()).norm())
+
+
 def embed_missing_ends(group: PathGroup, texts: Sequence[PathPanels]) -> None:
     """Fill in the embeddings where panels were bisected."""
     missing = [(t, i) for t in texts for i, p in enumerate(t.panels) if p.end is None]
@@ -129,15 +152,8 @@ def _measure(group: PathGroup, trials: Sequence[Trial]) -> None:
     rows, alphas, _ = flatten(trials)
     _, derivatives = group.totals(rows, alphas)
     counts = [rule.n_nodes for _, _, rule in trials]
-    resolution = torch.finfo(group.start.dtype).eps
-    for (text, panel, rule), points, values in zip(
-        trials, torch.split(alphas, counts), torch.split(derivatives, counts), strict=True
-    ):
-        text.points.append(points)
-        text.samples.append(values)
-        panel.steepness = max(panel.steepness, resolution * float(values.norm(dim=1).max()))
-        total = panel.width * (rule.weights @ values)
-        error = float((total - panel.increment()).norm())
+    for (text, panel, rule), values in zip(trials, torch.split(derivatives, counts), strict=True):
+        error = keep_samples(group, text, panel, rule, values)
         share = text.share(panel)
         before = float("inf") if panel.error is None else panel.error
         if error <= share or before > max(share, error):
@@ -204,23 +220,6 @@ def _samples_in(text: PathPanels, panel: Panel) -> tuple[Array, Array]:
     inside = (alphas >= panel.left) & (alphas <= panel.right)
     points, first = np.unique((alphas[inside] - panel.left) / panel.width, return_index=True)
     return points, values[inside][first] * panel.width
-
-
-def _cheapest(curve: RationalCurve, allowed: float, most: int) -> Rule | None:
-    """Return the rule of fewest nodes whose error on the curve is allowed, or None."""
-    exact = curve.integral()
-    centres, widths = _peaks(curve, exact)
-    for order in _ORDERS:
-        if order > most:
-            return None
-        plain = gauss(order)
-        if _errors(curve, exact, plain.nodes.numpy()[None], plain.weights.numpy()[None]) <= allowed:
-            return plain
-        errors = _errors(curve, exact, *_mapped(order, centres, widths))
-        best = int(errors.argmin())
-        if errors[best] <= allowed:
-            return sinh_mapped(plain, float(centres[best]), float(widths[best]))
-    return None
 
 
 def _peaks(curve: RationalCurve, exact: Array) -> tuple[Array, Array]:

@@ -94,8 +94,8 @@ class PathGroup:
         panels: Tensor,
         *,
         rounded: bool = False,
-    ) -> Tensor:
-        """Return weighted sums of token derivatives per panel.
+    ) -> tuple[Tensor, Tensor]:
+        """Return weighted sums of token derivatives per panel, and the total derivative at nodes.
 
         Args:
             rows: Text of each node, [n].
@@ -105,7 +105,7 @@ class PathGroup:
             rounded: Whether products of tangents may round their factors; points are exact.
 
         Returns:
-            [W, P, K, S] float64 on the CPU.
+            [W, P, K, S] and [n, K], float64 on the CPU.
         """
         n_vectors = self.start_embeddings.shape[1] if self.reverse else self.length
 
@@ -113,14 +113,16 @@ class PathGroup:
             return self._derivatives(rows[part], alphas[part], at_once, rounded)
 
         sums: Tensor | None = None
+        totals = []
         for part, values in self._in_parts(len(rows), n_vectors, evaluate, self.reverse):
             if sums is None:
                 shape = (len(weights), int(panels.max()) + 1, *values.shape[1:])
                 sums = torch.zeros(shape, dtype=torch.float64)
             for number, weight in enumerate(weights[:, part]):
                 sums[number].index_add_(0, panels[part], values * weight[:, None, None])
+            totals.append(values.sum(2))
         assert sums is not None
-        return sums
+        return sums, torch.cat(totals)
 
     def pulled_sums(
         self, rows: Tensor, alphas: Tensor, weights: Tensor, cotangents: Tensor

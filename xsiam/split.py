@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xsiam.errors import InputError, ModelError
+from xsiam.weights import WeightsWatch
 
 Features = dict[str, Any]
 
@@ -86,6 +87,7 @@ class SplitModel:
 
     def __init__(self, modules: Sequence[nn.Module], probe: Features) -> None:
         self.modules = tuple(modules)
+        self.weights = WeightsWatch(nn.ModuleList(modules))
         self.transformer = modules[0]
         self.model: Any = modules[0].auto_model
         self.tokenizer: Any = modules[0].tokenizer

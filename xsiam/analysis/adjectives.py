@@ -15,8 +15,7 @@ from xsiam.analysis.base import (
     register_analysis,
 )
 from xsiam.analysis.context import Context
-from xsiam.analysis.minimal_pairs import IDENTICAL, SlotPair, slot_pairs
-from xsiam.analysis.probe_sets import usable_probes
+from xsiam.analysis.minimal_pairs import IDENTICAL, SlotPair, usable_slots
 from xsiam.analysis.statistics import Finding, judge
 from xsiam.analysis.word_measures import (
     Row,
@@ -125,15 +124,12 @@ def adjective_pairs(
     Raises:
         NotApplicableError: If there are too few pairs of antonyms, or as `usable_probes` does.
     """
-    probes, notes = usable_probes(context, models, RELATIONS, split)
-    found, missed = slot_pairs(probes)
+    found, notes = usable_slots(context, models, RELATIONS, split)
     pairs = [
         pair
         for pair in found
         if pair.relation != IDENTICAL and (pair.split is None or pair.kind in KINDS)
     ]
-    if missed:
-        notes.append(f"{missed} probes are left out: a word is not in its sentence exactly once.")
     require_units({p.words for p in pairs if p.relation == "antonym"}, "antonym pairs")
     return pairs, notes
 

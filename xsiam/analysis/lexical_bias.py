@@ -17,8 +17,7 @@ from xsiam.analysis.base import (
     register_analysis,
 )
 from xsiam.analysis.context import Context
-from xsiam.analysis.minimal_pairs import SlotPair, in_another_frame, slot_pairs
-from xsiam.analysis.probe_sets import usable_probes
+from xsiam.analysis.minimal_pairs import SlotPair, in_another_frame, usable_slots
 from xsiam.analysis.statistics import Finding, judge, standardised_mean
 from xsiam.analysis.word_measures import (
     Row,
@@ -117,10 +116,7 @@ def _pairs(context: Context) -> tuple[list[SlotPair], list[str]]:
     Raises:
         NotApplicableError: If there are too few words, or as `usable_probes` does.
     """
-    probes, notes = usable_probes(context, [MODEL], ("synonym", "unrelated"))
-    pairs, missed = slot_pairs(probes)
-    if missed:
-        notes.append(f"{missed} probes are left out: a word is not in its sentence exactly once.")
+    pairs, notes = usable_slots(context, [MODEL], ("synonym", "unrelated"))
     require_units({p.word_a for p in pairs if p.relation == "synonym"}, "words with a synonym")
     return [*pairs, *in_another_frame(pairs)], notes
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from xsiam.analysis.probe_sets import WORD, Probe
+from xsiam.analysis.probe_sets import WORD, Probe, usable_probes
 from xsiam.spans import Span
+
+if TYPE_CHECKING:
+    from xsiam.analysis.context import Context
 
 __all__ = [
     "NEUTRAL",
@@ -23,6 +27,7 @@ __all__ = [
     "slot_pairs",
     "spans_around",
     "unrelated_affirmatives",
+    "usable_slots",
 ]
 
 NEUTRAL = "really"
@@ -156,6 +161,27 @@ def slot_pairs(probes: Iterable[Probe]) -> tuple[list[SlotPair], int]:
         itself = replace(pair, text_b=pair.text_a, span_b=span_a, relation=IDENTICAL, word_b=base)
         identical.setdefault((probe.template, probe.text_a), itself)
     return [*identical.values(), *pairs], missed
+
+
+def usable_slots(
+    context: Context, models: Sequence[str], categories: Sequence[str], split: str | None = None
+) -> tuple[list[SlotPair], list[str]]:
+    """Return the :func:`slot_pairs` of probes that models may be judged by, and notes about them.
+
+    Args:
+        context: As of :func:`usable_probes`, and so are all others.
+        models: Names of the models.
+        categories: Categories of probes.
+        split: Split of the bundled probes to take.
+
+    Raises:
+        NotApplicableError: As :func:`usable_probes` does.
+    """
+    probes, notes = usable_probes(context, models, categories, split)
+    pairs, missed = slot_pairs(probes)
+    if missed:
+        notes.append(f"{missed} probes are left out: a word is not in its sentence exactly once.")
+    return pairs, notes
 
 
 def in_another_frame(pairs: Sequence[SlotPair]) -> list[SlotPair]:

@@ -22,7 +22,7 @@ from xsiam.analysis.base import (
 )
 from xsiam.analysis.comparison import spearman_along
 from xsiam.analysis.context import Context
-from xsiam.analysis.minimal_pairs import NegationPair, SlotPair, slot_pairs
+from xsiam.analysis.minimal_pairs import NegationPair, SlotPair, usable_slots
 from xsiam.analysis.negation import negation_cases, negations
 from xsiam.analysis.probe_sets import Probe, usable_probes
 from xsiam.analysis.statistics import SMALLEST_SAMPLE, Finding, Interval, judge
@@ -161,10 +161,7 @@ def _pairs(context: Context, models: Sequence[str]) -> _Pairs:
         NotApplicableError: If there are too few negations or antonyms, or as `usable_probes` does.
     """
     negated, notes = negations(context, models, SPLIT)
-    probes, found = usable_probes(context, models, ("synonym", "antonym", "unrelated"), SPLIT)
-    slots, missed = slot_pairs(probes)
-    if missed:
-        notes.append(f"{missed} probes are left out: a word is not in its sentence exactly once.")
+    slots, found = usable_slots(context, models, ("synonym", "antonym", "unrelated"), SPLIT)
     slots = [pair for pair in slots if pair.relation in ("synonym", "antonym", "unrelated")]
     require_units({p.words for p in slots if p.relation == "antonym"}, "pairs of antonyms")
     paraphrases: list[Probe] = []

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xsiam.errors import ConvergenceWarning, InputError
 from xsiam.jacobian import exact_numerics
@@ -31,7 +31,6 @@ from xsiam.references.solutions import read_vectors, vectors_file, write_vectors
 from xsiam.references.uniform import UniformReference, VectorReference, features_of_length
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to
 from xsiam.texts import check_texts
-from xsiam.weights import WeightsWatch
 
 if TYPE_CHECKING:
     from xsiam.encoder import SiameseEncoder
@@ -166,7 +165,7 @@ class FittedReference(VectorReference):
             return
         assert self._probe is not None
         weight = next(p for p in split.model.parameters() if p.is_floating_point())
-        fingerprint = WeightsWatch(nn.ModuleList(split.modules)).fingerprint()
+        fingerprint = split.weights.fingerprint()
         dtype = str(weight.dtype).removeprefix("torch.")
         file = vectors_file(self.cache, self.name, fingerprint, dtype)
         options = FitOptions()

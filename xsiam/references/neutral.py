@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.families import AutodiffLineariser, post_norm_lineariser
@@ -37,7 +37,6 @@ from xsiam.references.solutions import (
 )
 from xsiam.references.tokens import PadReference
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
-from xsiam.weights import WeightsWatch
 
 N_VECTORS = 3
 MAX_JACOBIANS = 40
@@ -70,7 +69,6 @@ class NeutralReference(AbstractReference):
     def __init__(self, cache: str | Path | None = None) -> None:
         self.cache = None if cache is None else Path(cache)
         self._known: dict[Hashable, dict[str, Solution]] = {}
-        self._watch: WeightsWatch | None = None
         self._probe: Features | None = None
         self._told: set[tuple[Path, str]] = set()
 
@@ -154,7 +152,7 @@ class NeutralReference(AbstractReference):
             with exact_numerics(device), evaluation_mode(split.model):
                 found = _solve(split, layer, missing, known, probe, progress)
             known |= found
-            write_solutions(file, self._fingerprint(split), found)
+            write_solutions(file, split.weights.fingerprint(), found)
         news = [key for key in asked if (file, key) not in self._told]
         self._told.update((file, key) for key in news)
         _warn_unconverged([known[key].report for key in news], layer)
@@ -162,18 +160,13 @@ class NeutralReference(AbstractReference):
     def _solutions(self, split: SplitModel, layer: int) -> dict[str, Solution]:
         file = self._file(split, layer)
         if file not in self._known:
-            self._known[file] = read_solutions(file, self._fingerprint(split))
+            self._known[file] = read_solutions(file, split.weights.fingerprint())
         return self._known[file]
 
     def _file(self, split: SplitModel, layer: int) -> Path:
         dtype = str(next(split.model.parameters()).dtype).removeprefix("torch.")
-        fingerprint = self._fingerprint(split)
+        fingerprint = split.weights.fingerprint()
         return vectors_file(self.cache, f"{self.name}-layer-{layer}", fingerprint, dtype)
-
-    def _fingerprint(self, split: SplitModel) -> str:
-        if self._watch is None:
-            self._watch = WeightsWatch(nn.ModuleList(split.modules))
-        return self._watch.fingerprint()
 
 
 class _Pattern:
