@@ -222,14 +222,14 @@ def attribute(
     encoder: SiameseEncoder, layer: int, data: PairDataset, options: argparse.Namespace
 ) -> tuple[list[PairAttribution], float]:
     """Attribute the first pairs; return the results and the seconds per pair."""
-    attributor = PairAttributor(encoder, layer, tolerance=options.tolerance)
-    attributor.token_vectors([_WARM_UP])
     n = options.pairs
     texts_a, texts_b = data.texts_a[:n], data.texts_b[:n]
     if encoder.reference.is_layered:  # solved once for each length, and kept: not timed here
         features = {encoder.preprocess([t])["input_ids"].shape[1]: t for t in [*texts_a, *texts_b]}
-        attributor.token_vectors(list(features.values()))
-        attributor = PairAttributor(encoder, layer, tolerance=options.tolerance)
+        solving = PairAttributor(encoder, layer, tolerance=options.tolerance)
+        solving.token_vectors(list(features.values()))
+    attributor = PairAttributor(encoder, layer, tolerance=options.tolerance)
+    attributor.token_vectors([_WARM_UP])
     start = time.perf_counter()
     results = attributor.attribute(texts_a, texts_b)
     return results, (time.perf_counter() - start) / n
