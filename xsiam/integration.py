@@ -359,11 +359,11 @@ def _evaluate(group: PathGroup, pending: Sequence[tuple[PathPanels, Panel]]) -> 
             weights = _both_weights([panel for _, panel in some])
             sums, totals = group.token_sums(rows, alphas, weights, numbers, rounded=rounded)
             for number, (text, panel) in enumerate(some):
-                panel.accept(sums[0, number].clone(), sums[1, number], text.scale)
-                text.n_evaluated += panel.rule.n_nodes
-                if panel.error is None and not rounded:
+                if panel.error is None and not rounded:  # how steep it is belongs to its errors
                     own = totals[numbers == number]
                     panel.error = keep_samples(group, text, panel, panel.rule, own)
+                panel.accept(sums[0, number].clone(), sums[1, number], text.scale)
+                text.n_evaluated += panel.rule.n_nodes
 
 
 def _both_weights(panels: Sequence[Panel]) -> Tensor:
