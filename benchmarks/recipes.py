@@ -4,10 +4,11 @@
         --test stsb/test.csv --output results/recipes
 
 Every run trains by ``configs/stsb_minilm.yaml`` with another reference or seed; ``none`` has no
-shift, ``sentence-transformers`` is the same recipe in ``SentenceTransformerTrainer`` as a check
-from outside, with the first seed only. All are measured alike: the weights that are best on the
-validation pairs, on all test pairs; and the nodes that attributions of the first test pairs take at
-every layer at the default tolerance.
+shift, ``fitted-trained`` trains the fitted vector along, ``sentence-transformers`` is the same
+recipe in ``SentenceTransformerTrainer`` as a check from outside; the last two with the first seed
+only. All are measured alike: the weights that are best on the validation pairs, on all test pairs;
+and the nodes that attributions of the first test pairs take at every layer at the default
+tolerance.
 
 A finished run is a file at once, and the same command goes on: with the runs that are missing, and
 within a run from its last checkpoint. ``key=value`` arguments override the configuration. Nothing
@@ -46,7 +47,8 @@ Row = dict[str, Any]
 CONFIG = Path(__file__).parents[1] / "configs" / "stsb_minilm.yaml"
 SPLITS = ("train", "validation", "test")
 UNMODIFIED, NONE, THEIRS = "unmodified", "none", "sentence-transformers"
-METHODS = (UNMODIFIED, NONE, "uniform", "pad", "fitted", THEIRS)
+TRAINED = "fitted-trained"
+METHODS = (UNMODIFIED, NONE, "uniform", "pad", "fitted", TRAINED, THEIRS)
 _VALIDATION = "validation"  # the name of their evaluator
 
 
@@ -98,7 +100,7 @@ def planned(options: argparse.Namespace) -> list[tuple[str, int]]:
     """Return methods and seeds in the order of their runs."""
     methods = options.methods.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    once = (UNMODIFIED, THEIRS)
+    once = (UNMODIFIED, TRAINED, THEIRS)
     return [(m, seed) for seed in seeds for m in methods if m not in once or seed == seeds[0]]
 
 
@@ -150,10 +152,13 @@ def configuration(method: str, seed: int, options: argparse.Namespace) -> TrainC
     """Return the configuration of a run, which goes on where it stopped."""
     output = options.output / "runs" / f"{method}-{seed}"
     last = output / "checkpoints" / "last.ckpt"
-    reference = ["model.shift=false", "model.reference=pad"]
+    reference = {
+        NONE: ["model.shift=false", "model.reference=pad"],
+        TRAINED: ["model.reference=fitted", "model.train_reference=true"],
+    }.get(method, [f"model.reference={method}"])
     values = [
         f"model.name={options.model}",
-        *(reference if method == NONE else [f"model.reference={method}"]),
+        *reference,
         *(f"data.{split}={getattr(options, split)}" for split in SPLITS),
         f"output_dir={output}",
         f"seed={seed}",

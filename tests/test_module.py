@@ -18,6 +18,7 @@ from xsiam.errors import CheckpointError, InputError
 from xsiam.losses import EmbeddedBatch, get_objective
 from xsiam.metrics import pearson, spearman
 from xsiam.module import SiameseModule
+from xsiam.references import VectorReference
 
 LABELS = torch.tensor([0.9, 0.1, 0.4, 0.7])
 OTHERS = [*TEXTS[1:], TEXTS[0]]
@@ -448,8 +449,69 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "activation_checkpointing": False,
         "dims": None,
         "dim_weights": None,
+        "train_reference": False,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
+def test_the_vector_of_a_reference_is_trained_along(tmp_path: Path) -> None:
+    encoder = SiameseEncoder(tiny_model(), reference="fitted")
+    assert isinstance(encoder.reference, VectorReference)
+    before = encoder.reference.c
+    scores = encoder.score(TEXTS, OTHERS)
+    module = SiameseModule(encoder, learning_rate=1e-2, warmup_fraction=0, train_reference=True)
+    assert torch.equal(encoder.score(TEXTS, OTHERS), scores)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches(encoder, (4,)))
+    after = encoder.reference.c
+    assert before is not None
+    assert after is not None
+    # AdamW's first step moves every number by the learning rate.
+    assert torch.allclose((after - before).abs(), torch.tensor(1e-2).double(), rtol=1e-3)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    encoder.eval().save_pretrained(tmp_path / "export")
+    trained = encoder.score(TEXTS, OTHERS)
+    for saved in ("last.ckpt", "export"):
+        loaded = SiameseEncoder.from_pretrained(tmp_path / saved)
+        assert isinstance(loaded.reference, VectorReference)
+        assert loaded.reference.c is not None
+        assert torch.equal(loaded.reference.c, after)
+        assert loaded.reference_vector is None  # fixed, unless it is asked for again
+        assert torch.allclose(loaded.score(TEXTS, OTHERS), trained, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
+def test_the_gradient_of_the_vector_is_that_of_its_embedding() -> None:
+    encoder = SiameseEncoder(tiny_model().double(), reference="fitted").eval()
+    encoder.train_reference()
+    vector, features = encoder.reference_vector, encoder.preprocess(TEXTS)
+    assert vector is not None
+    weights = torch.randn(4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((encoder(features) * weights).sum(), vector)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step, values = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -1):
+            vector += sign * step * direction
+            values.append((encoder.encode(TEXTS) * weights).sum())  # no shift of before is kept
+            vector -= sign * step * direction
+    slope = (values[0] - values[1]) / (2 * step)
+    assert float(gradient @ direction) == pytest.approx(float(slope), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "shift", "match"),
+    [
+        ("pad", True, r"but 'pad' is subtracted here. Set `model.train_reference=false`"),
+        ("uniform", True, r"a vector of its own.*but 'uniform' is subtracted"),
+        ("fitted", False, r"and a shift, but 'fitted' is not subtracted here"),
+    ],
+)
+def test_references_without_a_vector_to_train(reference: str, shift: bool, match: str) -> None:
+    encoder = SiameseEncoder(tiny_model(), reference=reference, shift=shift)
+    with pytest.raises(InputError, match=match):
+        SiameseModule(encoder, train_reference=True)
 
 
 @pytest.mark.parametrize(

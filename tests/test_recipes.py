@@ -81,9 +81,13 @@ def test_runs_are_measured_alike_and_not_made_twice(
 
 def test_the_outside_check_trains_by_the_same_recipe(command: list[str], tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the `bench` extra")
-    assert recipes.main([*command, "--methods=unmodified,sentence-transformers"]) == 0
+    methods = ["unmodified", "fitted-trained", "sentence-transformers"]
+    assert recipes.main([*command, f"--methods={','.join(methods)}"]) == 0
     found = rows(tmp_path / "out")
-    assert set(found) == {"unmodified-0", "sentence-transformers-0"}  # once, whatever the seeds
+    assert set(found) == {f"{method}-0" for method in methods}  # once, whatever the seeds
+    trained = SiameseEncoder.from_pretrained(tmp_path / "out/runs/fitted-trained-0/export")
+    start = SiameseEncoder.from_pretrained(tmp_path / "model", reference="fitted")
+    assert trained.reference.label != start.reference.label
     theirs, base = found["sentence-transformers-0"], found["unmodified-0"]
     assert theirs["training_seconds"] > 0
     assert theirs["test_pearson"] != base["test_pearson"]

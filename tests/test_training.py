@@ -626,10 +626,18 @@ def test_two_processes_train_upper_layers_at_their_rates(inputs: Path, tmp_path:
     assert last["block_1_decayed"] == pytest.approx(last["block_2_decayed"] / 2)
 
 
-def test_run_with_rates_by_layer_is_resumed(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.freeze_layers=1", "optimizer.layer_decay=0.5"],
+        ["model.reference=fitted", "model.train_reference=true"],
+    ],
+)
+def test_run_with_rates_by_layer_or_a_vector_of_its_own_is_resumed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    more = ["model.freeze_layers=1", "optimizer.layer_decay=0.5", "checkpoint.every_n_steps=4"]
+    more = [*more, "checkpoint.every_n_steps=4"]
     whole = train(inputs, tmp_path / "whole", *more)
     with monkeypatch.context() as patch:
         raise_at(patch, "on_train_batch_start", 9, KilledError())
@@ -641,6 +649,10 @@ def test_run_with_rates_by_layer_is_resumed(
 @pytest.mark.parametrize(
     ("more", "match"),
     [
+        (
+            "model.reference=fitted model.train_reference=true",
+            r"`model.train_reference` to be False as in.*but got True",
+        ),
         ("model.freeze_layers=1", r"`model.freeze_layers` to be 0 as in.*but got 1. Set `model.fr"),
         ("optimizer.layer_decay=0.9", r"`optimizer.layer_decay` to be None as in.*but got 0.9"),
     ],
@@ -649,7 +661,7 @@ def test_resuming_with_other_layers_is_refused(
     inputs: Path, tmp_path: Path, finished: TrainingResult, more: str, match: str
 ) -> None:
     resume = f"resume={finished.last_checkpoint}"
-    refused(inputs, tmp_path, CheckpointError, match, resume, more)
+    refused(inputs, tmp_path, CheckpointError, match, resume, *more.split())
 
 
 @pytest.mark.parametrize(

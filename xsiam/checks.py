@@ -191,7 +191,8 @@ def _check_resumable(path: Path, module: SiameseModule, *, sharded: bool) -> Non
 
 def _check_layers(path: Path, before: dict[str, Any], module: SiameseModule) -> None:
     """Raise CheckpointError where the optimiser's groups would be others than before."""
-    for key, off in (("optimizer.layer_decay", None), ("model.freeze_layers", 0)):
+    kept = {"optimizer.layer_decay": None, "model.freeze_layers": 0, "model.train_reference": False}
+    for key, off in kept.items():
         name = key.partition(".")[2]
         now, then = module.hparams[name], before.get(name, off)
         if now != then:

@@ -115,6 +115,8 @@ class ModelConfig(Section):
     """Whether the embedding of the reference is subtracted, which makes the model exact."""
     reference: Name = "pad"
     """Registered name of the reference: "pad" (published), "uniform", "fitted" (length-free), …"""
+    train_reference: bool = False
+    """Whether the vector of a reference that has one ("fitted", …) is trained with the weights."""
     normalize: bool | None = None
     """Whether embeddings end in a Normalize; null keeps what the model has."""
     prompt: str | None = None

@@ -21,6 +21,7 @@ from xsiam.errors import InputError, ModelError
 from xsiam.references import (
     AbstractReference,
     ReferenceRows,
+    VectorReference,
     get_reference,
     pad_id,
     recommended_reference,
@@ -109,6 +110,8 @@ class SiameseEncoder(nn.Module):
         self._shift_cache: dict[Hashable, Tensor] = {}
         self._cache_weights: Hashable = None
         self.longest_warned = 0
+        self.reference_vector: nn.Parameter | None
+        self.register_parameter("reference_vector", None)  # see `train_reference`
         # Runs that the model was tuned in, oldest first (`xsiam.provenance`); None: not recorded.
         self.trained_on: list[dict[str, Any]] | None = None
         # Whether processes share the weights (`xsiam.sharding`). All then embed the same number of
@@ -382,6 +385,23 @@ class SiameseEncoder(nn.Module):
     def check_layer(self, layer: int, key: str = "layer") -> None:
         """Raise InputError where ``layer`` is not one of 0 … L."""
         self.split.check_layer(layer, key)
+
+    def train_reference(self) -> None:
+        """Make the vector of the reference a weight, ``reference_vector``, trained with the others.
+
+        Raises:
+            InputError: If the reference has no vector of its own, or its embedding is not
+                subtracted, so that nothing depends on it.
+        """
+        reference = self.reference
+        if not self.shift or not isinstance(reference, VectorReference):
+            subtracted = "subtracted" if self.shift else "not subtracted"
+            raise InputError(
+                f"Expected a reference with a vector of its own, such as 'fitted', and a shift, "
+                f"but {reference.name!r} is {subtracted} here. Set `model.train_reference=false`."
+            )
+        self.reference_vector = reference.as_parameter(self.split)
+        self.split.weights.include(self.reference_vector)
 
     def freeze_unused_parameters(self) -> list[str]:
         """Freeze parameters that embeddings do not depend on (a pooler) and return their names.

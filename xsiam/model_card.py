@@ -117,6 +117,9 @@ print(result.score, result.matrix.sum(), result.completeness_error)
 {% if run.config.model.freeze_layers %}
 * frozen: embeddings and the first {{ run.config.model.freeze_layers }} blocks
 {% endif %}
+{% if run.config.model.train_reference %}
+* the vector of the reference was trained with the weights
+{% endif %}
 {% if run.model.lora %}
 * LoRA, merged here: rank {{ run.model.lora.r }}, alpha {{ run.model.lora.alpha }}, dropout \
 {{ run.model.lora.dropout }}, targets {{ run.model.lora.target_modules | join(", ") | code }}

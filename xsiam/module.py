@@ -83,6 +83,8 @@ class SiameseModule(LightningModule):
             `xsiam.losses.Matryoshka`; None has the loss of the whole embedding only. All metrics
             but the loss are those of the whole embedding.
         dim_weights: What the loss of each of `dims` is multiplied by; None is 1.
+        train_reference: Whether the vector of the reference is trained along, as one of the
+            embeddings, see `SiameseEncoder.train_reference`.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -111,6 +113,7 @@ class SiameseModule(LightningModule):
         activation_checkpointing: bool = False,
         dims: Sequence[int] | None = None,
         dim_weights: Sequence[float] | None = None,
+        train_reference: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
@@ -136,6 +139,8 @@ class SiameseModule(LightningModule):
                 "Set `optimizer.schedule`."
             )
         self.schedule = schedule
+        if train_reference:
+            encoder.train_reference()
         check_depths(encoder, freeze_layers, layer_decay)
         self.layer_decay, self.freeze_layers = layer_decay, freeze_layers
         self.gradient_norm, self.anisotropy = gradient_norm, anisotropy

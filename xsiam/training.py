@@ -159,8 +159,7 @@ def run_training(config: TrainConfig) -> TrainingResult:
     """
     output = Path(config.output_dir).expanduser()
     check_accelerator(config.trainer.accelerator, "trainer.accelerator")
-    if config.lora.enabled:
-        _check_lora(config)
+    _check_strategy(config)
     resume = resume_path(config, output)
     get_objective(config.objective.name, **_options(config.objective))
     matryoshka_of(config.objective.dims, config.objective.dim_weights)
@@ -176,15 +175,26 @@ def run_training(config: TrainConfig) -> TrainingResult:
         return run.execute(resume)
 
 
-def _check_lora(config: TrainConfig) -> None:
-    """Refuse adapters where they cannot be trained."""
-    check_peft()
-    if config.trainer.strategy == FSDP:
-        raise InputError(
-            "Expected `trainer.strategy` to be auto or ddp where `lora.enabled=true`, but got "
-            f"{FSDP!r}: adapters are merged into whole weights, and leave little to share out. "
-            "Set `trainer.strategy=ddp`, or `lora.enabled=false`."
-        )
+def _check_strategy(config: TrainConfig) -> None:
+    """Refuse what cannot be trained here, or not where processes share the weights."""
+    if config.lora.enabled:
+        check_peft()
+    refused = {
+        "lora.enabled": (
+            config.lora.enabled,
+            "adapters are merged into whole weights, and leave little to share out",
+        ),
+        "model.train_reference": (
+            config.model.train_reference,
+            "the vector is read outside of the units that are gathered",
+        ),
+    }
+    for key, (is_set, reason) in refused.items():
+        if is_set and config.trainer.strategy == FSDP:
+            raise InputError(
+                f"Expected `trainer.strategy` to be auto or ddp where `{key}=true`, but got "
+                f"{FSDP!r}: {reason}. Set `trainer.strategy=ddp`, or `{key}=false`."
+            )
 
 
 def build_module(config: TrainConfig) -> SiameseModule:
@@ -232,6 +242,7 @@ def build_module(config: TrainConfig) -> SiameseModule:
         activation_checkpointing=config.trainer.activation_checkpointing,
         dims=config.objective.dims,
         dim_weights=config.objective.dim_weights,
+        train_reference=model.train_reference,
     )
 
 

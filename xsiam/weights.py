@@ -23,9 +23,14 @@ class WeightsWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._more: list[Tensor] = []
         self._ramps: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._fingerprint: tuple[Hashable, str] | None = None
         self._held: Hashable = None
+
+    def include(self, tensor: Tensor) -> None:
+        """Watch a tensor that is no weight of the module but is trained with it."""
+        self._more.append(tensor)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -41,7 +46,7 @@ class WeightsWatch:
         """Return a value that is equal as long as the weights and adapters are."""
         if self._held is not None:
             return self._held
-        tensors = list(self._module.parameters()) + list(self._module.buffers())
+        tensors = [*self._module.parameters(), *self._module.buffers(), *self._more]
         with torch.no_grad():
             forms = [self._forms(tensor) for tensor in tensors if tensor.numel()]
             values = torch.cat(forms).cpu().view(torch.int32).tolist() if forms else []

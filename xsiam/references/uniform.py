@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xsiam.errors import InputError, ModelError
 from xsiam.references.base import AbstractReference, ReferenceRows, pad_id, register_reference
@@ -99,24 +99,52 @@ class VectorReference(UniformReference):
     _length_tolerance = VECTOR_TOLERANCE
 
     def __init__(self, vector: Tensor | None = None) -> None:
-        self.c: Tensor | None = None
+        self._fixed = None if vector is None else _checked(vector)
+        self._trained: nn.Parameter | None = None
         self.saved_embedding: Tensor | None = None
-        if vector is not None:
-            self.c = _checked(vector)
+
+    @property
+    def c(self) -> Tensor | None:
+        """The vector as it is now, [D] float64 on the CPU, or None before it is made."""
+        return self._fixed if self._trained is None else self._trained.detach().cpu().double()
+
+    @c.setter
+    def c(self, vector: Tensor | None) -> None:
+        if self._trained is None or vector is None:
+            self._fixed, self._trained = vector, None
+            return
+        with torch.no_grad():
+            self._trained.copy_(vector)
+
+    def as_parameter(self, split: SplitModel) -> nn.Parameter:
+        """Return the vector as a weight of the model, [D]: it follows it from now on.
+
+        Raises:
+            InputError: If there is no vector yet.
+        """
+        if self._trained is None:
+            self._trained = nn.Parameter(self._in_model(split).clone())
+        return self._trained
 
     @property
     def label(self) -> str:
         """The name and eight digits of the vector."""
-        if self.c is None:
+        c = self.c
+        if c is None:
             return self.name
-        return f"{self.name}:{hashlib.sha256(self.c.numpy().tobytes()).hexdigest()[:8]}"
+        return f"{self.name}:{hashlib.sha256(c.numpy().tobytes()).hexdigest()[:8]}"
 
     def vector(self, split: SplitModel, single: Features) -> Tensor:
         """Return c as [1, 1, D]."""
-        if self.c is None:
-            raise InputError(f"Expected a vector of reference {self.name!r}, but it has none yet.")
+        return self._in_model(split)[None, None]
+
+    def _in_model(self, split: SplitModel) -> Tensor:
+        """Return c on the device and of the type of the weights, with its gradient if trained."""
         weight = next(p for p in split.model.parameters() if p.is_floating_point())
-        return self.c.to(weight.device, weight.dtype)[None, None]
+        c = self._fixed if self._trained is None else self._trained
+        if c is None:
+            raise InputError(f"Expected a vector of reference {self.name!r}, but it has none yet.")
+        return c.to(weight.device, weight.dtype)
 
     def check(self, split: SplitModel, features: Features) -> None:
         """Raise ModelError where e(r) depends on the length or the vector is another model's."""
@@ -145,10 +173,11 @@ class VectorReference(UniformReference):
 
     def state(self, split: SplitModel, features: Features) -> dict[str, Any]:
         """Return the vector, and e(c), which names the model."""
-        assert self.c is not None
+        c = self.c
+        assert c is not None
         with torch.no_grad(), evaluation_mode(split.model):
             embedding = self.embedding(split, features)[0]
-        return {"vector": self.c.tolist(), "embedding": embedding.double().cpu().tolist()}
+        return {"vector": c.tolist(), "embedding": embedding.double().cpu().tolist()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
