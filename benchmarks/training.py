@@ -76,11 +76,8 @@ class Method:
         return f"{self.name} on {'bucketed' if self.bucketed else 'random'} batches"
 
 
-METHODS = tuple(
-    Method(name, bucketed)
-    for bucketed in (False, True)
-    for name in (THEIRS, "none", "uniform", "pad")
-)
+NAMES = (THEIRS, "none", "fitted", "uniform", "pad")
+METHODS = tuple(Method(name, bucketed) for bucketed in (False, True) for name in NAMES)
 
 
 class Clock:
@@ -424,6 +421,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--label-range", help='of the labels in the file, such as "[0,5]" (default: [0,1])')
     add("--model", default="all-MiniLM-L6-v2", help="name or folder (%(default)s)")
     add("--loss", choices=tuple(LOSSES), default="cosent", help="%(default)s")
+    add("--methods", default=",".join(NAMES), help="some of: %(default)s")
     add("--batch", type=int, default=16, help="pairs in a batch (%(default)s)")
     add("--steps", type=int, default=40, help="timed steps of a run (%(default)s)")
     add("--warm-up", type=int, default=5, help="steps before them (%(default)s)")
@@ -433,6 +431,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
     add("--threads", type=int, help="of torch (its own choice)")
     options = parser.parse_args(arguments)
+    if unknown := set(options.methods.split(",")) - set(NAMES):
+        raise SystemExit(f"Expected --methods among {', '.join(NAMES)}, but got {unknown}.")
     for name in ("batch", "steps", "warm_up", "runs"):
         if getattr(options, name) < 1:
             key = name.replace("_", "-")
@@ -460,7 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = {(row["method"], row["run"]) for row in content["rows"]}
     for run in range(options.runs):
         for method in METHODS:
-            if (method.key, run) in done:
+            if method.name not in options.methods.split(",") or (method.key, run) in done:
                 continue
             row = {"method": method.key, "run": run, **bench.run(method)}
             content["rows"].append(row)

@@ -78,6 +78,7 @@ class Float64Throughout(TorchFunctionMode):
 @functools.cache
 def encoder_of(architecture: str, pooling: str | None = None, **options: Any) -> SiameseEncoder:
     """Return a shared float64 encoder, which no test may change."""
+    options = {"reference": "pad"} | options
     return SiameseEncoder(tiny_model(architecture, pooling=pooling).double(), **options)
 
 
@@ -243,7 +244,7 @@ def test_kinks_are_integrated_and_reported_honestly(architecture: str, layer: in
 
 @pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
 def test_float32_meets_the_default_tolerance(architecture: str) -> None:
-    encoder = SiameseEncoder(tiny_model(architecture))
+    encoder = SiameseEncoder(tiny_model(architecture), reference="pad")
     result = PairAttributor(encoder, 2, tolerance=1e-2).attribute(SHORT, "the dog runs")
     assert result.converged
     assert result.dtype == "float32"
@@ -294,7 +295,7 @@ def test_a_decoder_without_pad_token_is_refused() -> None:
     model = tiny_model("qwen2")
     model[0].tokenizer.pad_token = None
     with pytest.raises(ModelError, match=r"but Qwen2Tokenizer has none. Set `tokenizer.pad_token`"):
-        SiameseEncoder(model)
+        SiameseEncoder(model, reference="pad")
 
 
 SINKS = Family(
@@ -339,7 +340,7 @@ def test_uniform_is_refused_where_tokens_mix_otherwise(family: Family) -> None:
 @pytest.mark.parametrize("architecture", EVERY)
 def test_scores_are_the_models_own(architecture: str) -> None:
     encoder_of(architecture).check_parity()
-    encoder = SiameseEncoder(tiny_model(architecture), shift=False)
+    encoder = SiameseEncoder(tiny_model(architecture), shift=False, reference="pad")
     encoder.check_parity()
     ours, theirs = encoder.encode(TEXTS), encoder.model.encode(list(TEXTS), convert_to_tensor=True)
     assert relative(ours - theirs, theirs) < FLOOR
@@ -350,7 +351,7 @@ def test_scores_are_the_models_own(architecture: str) -> None:
 def test_prompts_are_tokens_of_their_own(architecture: str, include_prompt: bool) -> None:
     prompts = {"query": "query :", "document": ""}
     model = tiny_model(architecture, prompts=prompts, include_prompt=include_prompt)
-    encoder = SiameseEncoder(model.double())
+    encoder = SiameseEncoder(model.double(), reference="pad")
     attributor = PairAttributor(encoder, 2, tolerance=1e-4)
     result = attributor.attribute(" dog runs", SHORT, "query", "document")
     tokens = [encoder.tokenizer.convert_tokens_to_string([t]).strip() for t in result.tokens_a]
@@ -383,7 +384,7 @@ def test_heads_that_are_not_supported_are_refused(head: str) -> None:
     first, pooling = tiny_model()
     model = SentenceTransformer(modules=[first, HEADS[head](), pooling], device="cpu")
     with pytest.raises(ModelError, match=f"after the Transformer, but got {head}, which is not"):
-        SiameseEncoder(model)
+        SiameseEncoder(model, reference="pad")
 
 
 def test_sparse_encoders_are_refused(tmp_path) -> None:
@@ -393,7 +394,7 @@ def test_sparse_encoders_are_refused(tmp_path) -> None:
     transformer = Transformer(str(tmp_path), transformer_task="fill-mask")
     sparse = SparseEncoder(modules=[transformer, SpladePooling()], device="cpu")
     with pytest.raises(ModelError, match="but got SpladePooling, which is not supported"):
-        SiameseEncoder(sparse)
+        SiameseEncoder(sparse, reference="pad")
 
 
 REFUSED = {
@@ -448,12 +449,12 @@ REFUSED = {
 def test_models_without_states_of_tokens_are_refused(name: str) -> None:
     family, match = REFUSED[name]
     with pytest.raises(ModelError, match=match):
-        SiameseEncoder(tiny_model(family), shift=False)
+        SiameseEncoder(tiny_model(family), shift=False, reference="pad")
 
 
 def test_a_layer_that_is_no_cut_is_refused_and_others_are_not() -> None:
     """DeBERTa-v2's convolution reads the embedded text beside the first block."""
-    encoder = SiameseEncoder(tiny_model(CONVOLUTION).double())
+    encoder = SiameseEncoder(tiny_model(CONVOLUTION).double(), reference="pad")
     match = r"states at layer 0, but DebertaV2Model also .* \d\.\de-\d\d .* `attribution.layers`"
     with pytest.raises(ModelError, match=match):
         encoder.check_layer(0, key="attribution.layers")
@@ -472,7 +473,7 @@ def test_blocks_that_read_lower_layers_are_refused() -> None:
     embedded: list[Tensor] = []
     bert.embeddings.register_forward_hook(lambda *args: embedded.append(args[-1]))
     bert.encoder.layer[2].register_forward_hook(lambda *args: args[-1] + embedded[-1])
-    encoder = SiameseEncoder(model)
+    encoder = SiameseEncoder(model, reference="pad")
     with pytest.raises(ModelError, match=r"at layer 2, but BertModel also reads .* by \d\.\de[-+]"):
         PairAttributor(encoder, 2)
     encoder.check_layer(3)
@@ -480,7 +481,7 @@ def test_blocks_that_read_lower_layers_are_refused() -> None:
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "qwen2"])
 def test_flash_attention_is_refused(architecture: str) -> None:
-    encoder = SiameseEncoder(tiny_model(architecture))
+    encoder = SiameseEncoder(tiny_model(architecture), reference="pad")
     encoder.split.model.config._attn_implementation = "flash_attention_2"
     match = f"{encoder.split.name} runs 'flash_attention_2', which has no forward derivative"
     with pytest.raises(ModelError, match=match):
@@ -508,8 +509,8 @@ def test_the_first_layer_that_is_not_finite_is_named(layer: int, value: float) -
     match = rf"BertModel, but the hidden states at layer {layer} \(from {source}\) are not for '"
     model = broken(tiny_model(), layer, value)
     with pytest.raises(ModelError, match=match):
-        SiameseEncoder(model)
-    encoder = SiameseEncoder(tiny_model())
+        SiameseEncoder(model, reference="pad")
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     features = encoder.preprocess(["a dog", "the cat sleeps"])
     encoder.split.check_finite(features)
     broken(encoder.model, layer, value)
@@ -519,7 +520,7 @@ def test_the_first_layer_that_is_not_finite_is_named(layer: int, value: float) -
 
 @pytest.mark.parametrize("architecture", EVERY)
 def test_the_text_that_is_not_finite_is_named(architecture: str) -> None:
-    encoder = SiameseEncoder(tiny_model(architecture))
+    encoder = SiameseEncoder(tiny_model(architecture), reference="pad")
     word = encoder.tokenizer(" kitten", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         encoder.split.model.get_input_embeddings().weight[word] = float("nan")
@@ -538,7 +539,7 @@ def test_heads_that_are_not_finite_are_named() -> None:
     with pytest.raises(
         ModelError, match=r"the embeddings \(from pooling and what follows it\) are"
     ):
-        SiameseEncoder(tiny_model(extra=[head]))
+        SiameseEncoder(tiny_model(extra=[head]), reference="pad")
 
 
 def test_every_tuple_has_its_pattern() -> None:

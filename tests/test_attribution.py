@@ -27,7 +27,9 @@ LAYERS = range(4)
 
 def encoder_of(architecture: str = "bert", **kwargs) -> SiameseEncoder:
     options = {k: kwargs.pop(k) for k in ("shift", "reference", "similarity") if k in kwargs}
-    return SiameseEncoder(tiny_model(architecture, **kwargs).double(), **options)
+    return SiameseEncoder(
+        tiny_model(architecture, **kwargs).double(), **{"reference": "pad"} | options
+    )
 
 
 def fixed(encoder: SiameseEncoder, layer: int, n_nodes: int = 4, **kwargs) -> PairAttributor:
@@ -228,14 +230,14 @@ def test_a_text_equal_to_its_reference_attributes_nothing() -> None:
 
 def test_float32_agrees_with_float64() -> None:
     exact = PairAttributor(encoder_of(), 1, tolerance=1e-9).attribute(TEXT_A, TEXT_B)
-    single = SiameseEncoder(tiny_model())
+    single = SiameseEncoder(tiny_model(), reference="pad")
     result = PairAttributor(single, 1, tolerance=1e-5).attribute(TEXT_A, TEXT_B)
     assert result.matrix.dtype == torch.float32
     assert (result.matrix - exact.matrix).abs().max() <= SINGLE * exact.matrix.abs().max()
 
 
 def test_half_precision_weights_are_attributed_in_float32() -> None:
-    encoder = SiameseEncoder(tiny_model().bfloat16(), shift=False)
+    encoder = SiameseEncoder(tiny_model().bfloat16(), shift=False, reference="pad")
     result = PairAttributor(encoder, 2).attribute(TEXT_A, TEXT_B)
     assert result.dtype == "float32"
     assert encoder.dtype == torch.bfloat16
@@ -256,7 +258,7 @@ def test_features_sum_to_the_entry() -> None:
 
 
 def test_works_in_inference_mode_and_leaves_no_trace() -> None:
-    encoder = SiameseEncoder(tiny_model()).train()
+    encoder = SiameseEncoder(tiny_model(), reference="pad").train()
     attributor = PairAttributor(encoder, 1)
     state = torch.get_rng_state()
     outside = attributor.attribute(TEXT_A, TEXT_B)
@@ -272,7 +274,7 @@ def test_works_in_inference_mode_and_leaves_no_trace() -> None:
 
 def test_prompts_are_tokens_of_their_own() -> None:
     model = tiny_model(prompts={"query": "query : ", "document": ""})
-    encoder = SiameseEncoder(model)
+    encoder = SiameseEncoder(model, reference="pad")
     result = PairAttributor(encoder, 2).attribute("dog runs", "cat", "query", "document")
     assert result.tokens_a == ("[CLS]", "query", ":", "dog", "runs", "[SEP]")
     assert result.prompt_mask_a == (False, True, True, False, False, False)
@@ -349,4 +351,4 @@ def test_no_stray_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-        PairAttributor(SiameseEncoder(tiny_model()), 2).attribute(TEXT_A, TEXT_B)
+        PairAttributor(SiameseEncoder(tiny_model(), reference="pad"), 2).attribute(TEXT_A, TEXT_B)

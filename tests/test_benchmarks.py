@@ -64,7 +64,7 @@ def test_the_published_procedure_gives_our_riemann_matrix(
     architecture: str, shift: bool, variant: str
 ) -> None:
     model = tiny_model(architecture, extra=[Normalize()]).double()
-    encoder = SiameseEncoder(model, shift=shift)
+    encoder = SiameseEncoder(model, shift=shift, reference="pad")
     training = encoder.model.training
     for layer in (0, 2):
         ours = published.published_attribution(
@@ -86,7 +86,7 @@ def test_the_published_procedure_gives_our_riemann_matrix(
 
 
 def test_the_published_procedure_says_what_it_cannot_do() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     with pytest.raises(ValueError, match="between 0 and 2, but got 3"):
         published.published_attribution(encoder, TEXT_A, TEXT_B, 3, 2)
     with pytest.raises(ValueError, match="but got 'both'"):
@@ -114,7 +114,7 @@ def test_operations_of_known_products_are_counted() -> None:
 
 
 def test_texts_have_the_length_that_was_asked_for() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     (text_a,), (text_b,) = texts.make_pairs(
         encoder, {"kind": "words", "tokens_a": 10, "tokens_b": 33}
     )
@@ -380,7 +380,8 @@ def test_convergence_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
     assert kept[:3] == rows[:3]
     found = [json.loads(row) for row in kept]
     texts_of = {text: number for number, text in enumerate([TEXT_A, TEXT_B, "the cat"])}
-    encoder = SiameseEncoder.from_pretrained(str(tiny_folder(tmp_path / "model")), similarity="cos")
+    again = str(tiny_folder(tmp_path / "model"))
+    encoder = SiameseEncoder.from_pretrained(again, similarity="cos", reference="pad")
     vectors = PairAttributor(encoder, 2, tolerance=1e-2).token_vectors(list(texts_of))
     nodes = [n for row in found if row["layer"] == 2 for n in row["n_nodes"]]
     assert nodes == [text.n_nodes for text in vectors]

@@ -138,8 +138,10 @@ def test_an_index_is_built_and_explains_a_query(
     assert main([*explain, "the cat", "--docs", "2,0"]) == 0
     out = capsys.readouterr().out
     assert out.index("text 2: dog") < out.index(f"text 0: {TEXT_A}")
-    assert "2, pad, shifted" in out
-    score = SiameseEncoder.from_pretrained(model).score("the cat", "dog").item()
+    encoder = SiameseEncoder.from_pretrained(model)
+    assert f"2, {encoder.reference_label}, shifted" in out
+    assert encoder.reference.name == "fitted"
+    score = encoder.score("the cat", "dog").item()
     assert f"{score:.4f} (cos)" in out
 
 

@@ -108,7 +108,7 @@ def test_columns_with_prompts_of_their_own_are_not_joined() -> None:
 
 
 def test_joined_columns_hold_every_text_and_padding() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     columns = [encoder.preprocess(texts) for texts in COLUMNS]
     joined = join_features(columns)
     assert joined is not None
@@ -148,7 +148,7 @@ def test_recomputed_activations_have_the_same_gradients(
 
 def test_other_dropout_has_other_gradients() -> None:
     """The test above would see it."""
-    encoder = SiameseEncoder(tiny_model(dropout=0.3))
+    encoder = SiameseEncoder(tiny_model(dropout=0.3), reference="pad")
     columns = [encoder.preprocess(texts) for texts in COLUMNS]
 
     def later() -> list[torch.Tensor]:

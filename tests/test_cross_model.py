@@ -592,6 +592,7 @@ def test_plain_models_are_compared_without_a_shift(tmp_path: Path) -> None:
         [
             f"checkpoint={inputs}",
             "model.shift=true",
+            "model.reference=pad",
             f"data.test={tmp_path / 'pairs.csv'}",
             "attribution.enabled=false",
             "analysis.layers=[3]",

@@ -58,14 +58,14 @@ def own_scores(model: SentenceTransformer, role_a: str | None, role_b: str | Non
 
 @pytest.mark.parametrize("roles", [(None, None), ("query", "document")])
 def test_unshifted_scores_are_the_models_own(model: SentenceTransformer, roles) -> None:
-    encoder = SiameseEncoder(model, shift=False)
+    encoder = SiameseEncoder(model, shift=False, reference="pad")
     encoder.check_parity()
     ours = encoder.score(TEXTS[:2], TEXTS[2:], *roles)
     assert (ours - own_scores(model, *roles)).abs().max() <= PARITY * ours.abs().max()
 
 
 def test_unshifted_embeddings_are_the_models_own(model: SentenceTransformer) -> None:
-    ours = SiameseEncoder(model, shift=False).encode(TEXTS)
+    ours = SiameseEncoder(model, shift=False, reference="pad").encode(TEXTS)
     theirs = model.encode(list(TEXTS), convert_to_tensor=True)
     assert (ours - theirs).abs().max() <= PARITY * theirs.abs().max()
 
@@ -183,7 +183,7 @@ def test_the_reference_cache_is_used() -> None:
 
 
 def test_modes_are_left_as_they_were() -> None:
-    encoder = SiameseEncoder(tiny_model()).train()
+    encoder = SiameseEncoder(tiny_model(), reference="pad").train()
     encoder.model[0].auto_model.encoder.layer[0].eval()
     before = [module.training for module in encoder.modules()]
     encoder.encode(TEXTS)
@@ -192,7 +192,7 @@ def test_modes_are_left_as_they_were() -> None:
 
 
 def test_unused_parameters_are_frozen_and_used_ones_are_not() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     frozen = encoder.freeze_unused_parameters()
     assert frozen
     assert all("pooler" in name for name in frozen)
@@ -202,7 +202,7 @@ def test_unused_parameters_are_frozen_and_used_ones_are_not() -> None:
 
 
 def test_truncation_warns_with_the_number_of_tokens() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     long = " ".join(["dog"] * 100)
     with pytest.warns(TruncationWarning, match="1 of 2 texts are longer .* 64 tokens; up to 38 "):
         encoder.encode([long, "dog"])
@@ -221,7 +221,7 @@ def test_truncation_warns_with_the_number_of_tokens() -> None:
 
 
 def test_bad_texts_name_the_row() -> None:
-    encoder = SiameseEncoder(tiny_model())
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
     with pytest.raises(InputError, match=r"row 1 is '  '"):
         encoder.encode(["dog", "  "])
     with pytest.raises(InputError, match=r"row 0 is None \(NoneType\)"):
@@ -231,7 +231,7 @@ def test_bad_texts_name_the_row() -> None:
 
 
 def test_unknown_names_are_listed() -> None:
-    encoder = SiameseEncoder(tiny_model(prompts=PROMPTS))
+    encoder = SiameseEncoder(tiny_model(prompts=PROMPTS), reference="pad")
     with pytest.raises(
         InputError, match=r"\['query', 'document', 'plain'\] or None, but got 'qury'"
     ):
@@ -239,7 +239,7 @@ def test_unknown_names_are_listed() -> None:
     with pytest.raises(InputError, match=r"'pad', .*'uniform', .*\], but got 'zero'"):
         SiameseEncoder(tiny_model(), reference="zero")
     with pytest.raises(InputError, match=r"'cos' or 'dot', but got 'euclid'"):
-        SiameseEncoder(tiny_model(), similarity="euclid")
+        SiameseEncoder(tiny_model(), similarity="euclid", reference="pad")
     for layer in (4, -1, True, 1.5):
         with pytest.raises(InputError, match=rf"between 0 and 3 for BertModel, but got {layer}"):
             encoder.check_layer(layer)  # type: ignore[arg-type]
@@ -249,21 +249,21 @@ def test_a_tokenizer_without_pad_token_is_refused() -> None:
     model = tiny_model()
     model[0].processor = tokenizer(pad=False)
     with pytest.raises(ModelError, match=r"none\. Set `tokenizer\.pad_token`"):
-        SiameseEncoder(model)
+        SiameseEncoder(model, reference="pad")
 
 
 def test_models_without_a_split_score_are_refused() -> None:
     with pytest.raises(ModelError, match="function is 'euclidean'"):
-        SiameseEncoder(tiny_model(similarity_fn_name="euclidean"))
+        SiameseEncoder(tiny_model(similarity_fn_name="euclidean"), reference="pad")
     static = SentenceTransformer(
         modules=[StaticEmbedding(tokenizer().backend_tokenizer, embedding_dim=8)], device="cpu"
     )
     with pytest.raises(ModelError, match="but it is StaticEmbedding"):
-        SiameseEncoder(static)
+        SiameseEncoder(static, reference="pad")
     inner = tiny_model()
     router = Router.for_query_document([inner[0], inner[1]], [inner[0], inner[1]])
     with pytest.raises(ModelError, match="but it is Router"):
-        SiameseEncoder(SentenceTransformer(modules=[router], device="cpu"))
+        SiameseEncoder(SentenceTransformer(modules=[router], device="cpu"), reference="pad")
 
 
 def test_uniform_is_refused_where_it_depends_on_the_length() -> None:
@@ -277,7 +277,7 @@ def test_uniform_is_refused_where_it_depends_on_the_length() -> None:
 
 def test_hidden_work_in_encode_is_noticed() -> None:
     model = tiny_model()
-    encoder = SiameseEncoder(model, shift=False)
+    encoder = SiameseEncoder(model, shift=False, reference="pad")
     own = model.encode
     model.encode = lambda *args, **kwargs: own(*args, **kwargs) * 2
     with pytest.raises(ModelError, match=r"differ by 5\.0e-01"):
@@ -287,5 +287,5 @@ def test_hidden_work_in_encode_is_noticed() -> None:
 def test_pooling_is_the_models_own() -> None:
     poolings = [m for m in tiny_model(pooling="max") if isinstance(m, Pooling)]
     assert poolings[0].pooling_mode == "max"
-    encoder = SiameseEncoder(tiny_model(pooling="max"), shift=False)
+    encoder = SiameseEncoder(tiny_model(pooling="max"), shift=False, reference="pad")
     encoder.check_parity()

@@ -34,7 +34,7 @@ def without(words: list[str], place: int, protocol: str) -> str:
 
 @pytest.mark.parametrize("protocol", ["mask", "drop"])
 def test_interactions_are_differences_of_scores(protocol: str) -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="cos")
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="cos", reference="pad")
     result = PairAttributor(encoder, 2).attribute(" ".join(A), " ".join(B))
     found = interactions(encoder, result, Absence(protocol))
     for i in range(len(A)):
@@ -47,7 +47,7 @@ def test_interactions_are_differences_of_scores(protocol: str) -> None:
 
 
 def test_mean_states_take_the_places_of_states() -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="dot")
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="dot", reference="pad")
     absent = mean_state(encoder, [" ".join(A), " ".join(B)], 1)
     states, less, whole = [], [], []
     with torch.no_grad(), evaluation_mode(encoder):
@@ -67,7 +67,7 @@ def test_mean_states_take_the_places_of_states() -> None:
 
 
 def test_what_is_deleted_is_scored_again() -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="cos")
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, similarity="cos", reference="pad")
     result = PairAttributor(encoder, 2).attribute(" ".join(A), " ".join(B))
     order = torch.zeros(len(A), len(B))
     order[1, 2], order[0, 0] = 2.0, 1.0

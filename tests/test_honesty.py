@@ -76,7 +76,7 @@ def assert_flags(rows, tolerance: float, least: float) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_reported_errors_are_honest_and_tight(layer: int) -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     for tolerance in (1e-2, 1e-4):
         rows = errors(encoder, layer, random_texts(6), tolerance=tolerance)
         assert_honest(rows)
@@ -88,7 +88,7 @@ def test_reported_errors_are_honest_and_tight(layer: int) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_300_cases_are_honest_and_tight(architecture: str) -> None:
-    encoder = SiameseEncoder(tiny_model(architecture), shift=False)
+    encoder = SiameseEncoder(tiny_model(architecture), shift=False, reference="pad")
     for tolerance in (1e-2, 1e-4, 1e-6):
         rows = []
         for layer in range(3):
@@ -102,7 +102,7 @@ def test_300_cases_are_honest_and_tight(architecture: str) -> None:
 
 @pytest.mark.parametrize(("rule", "n_nodes"), [("gauss_legendre", 3), ("riemann", 20)])
 def test_a_rule_that_is_too_coarse_says_so(rule: str, n_nodes: int) -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     options = {"quadrature": rule, "n_nodes": n_nodes, "tolerance": 1e-4}
     rows = errors(encoder, 0, random_texts(6), **options)
     assert_honest(rows)

@@ -492,7 +492,7 @@ def test_an_index_is_only_continued_by_the_same_build(
 ) -> None:
     encoder = HEADS[change.get("head", "cos")]()
     if "seed" in change:
-        encoder = SiameseEncoder(tiny_model(prompts=PROMPTS, seed=1), shift=False)
+        encoder = SiameseEncoder(tiny_model(prompts=PROMPTS, seed=1), shift=False, reference="pad")
     rule = {"quadrature": change.get("quadrature", "adaptive")}
     rule |= {"n_nodes": 4} if rule["quadrature"] != "adaptive" else {}
     attributor = PairAttributor(
@@ -548,7 +548,7 @@ def test_folders_of_others_are_left_alone(attributor: PairAttributor, tmp_path: 
     ],
 )
 def test_another_attributor_is_refused(made_from, message, index: TokenVectorIndex) -> None:
-    options = {"shift": False, "layer": LAYER, "seed": 0, **made_from}
+    options = {"shift": False, "reference": "pad", "layer": LAYER, "seed": 0, **made_from}
     layer, seed = options.pop("layer"), options.pop("seed")
     encoder = SiameseEncoder(tiny_model(prompts=PROMPTS, seed=seed).double(), **options)
     with pytest.raises(InputError, match=message):

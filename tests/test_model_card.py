@@ -212,7 +212,9 @@ EVIL = "`a` ``b`` <script>alert(1)</script>\n---\n# {{ 7 * 7 }} {% raw %} | [x](
 
 
 def test_what_users_write_is_shown_and_does_nothing(tmp_path: Path) -> None:
-    encoder = SiameseEncoder(tiny_model(prompts={EVIL: EVIL, "query": "query : "}), shift=False)
+    encoder = SiameseEncoder(
+        tiny_model(prompts={EVIL: EVIL, "query": "query : "}), shift=False, reference="pad"
+    )
     text = model_card(encoder)
     metadata(text)
     assert '* prompt `query`: `"query : "`\n' in text

@@ -20,7 +20,9 @@ FORCED = tuple(mode for mode in MODES if mode != "auto")
 
 
 def attributed(mode: str, *, model=None, texts=(TEXT_A, TEXT_B), layer: int = 1, **options):
-    encoder = SiameseEncoder((model or tiny_model()).double(), shift=options.pop("shift", False))
+    encoder = SiameseEncoder(
+        (model or tiny_model()).double(), shift=options.pop("shift", False), reference="pad"
+    )
     rule = {"quadrature": "gauss_legendre", "n_nodes": 6}
     options = (rule if "tolerance" not in options else {}) | options
     with warnings.catch_warnings():
@@ -55,7 +57,7 @@ def test_every_mode_meets_a_tolerance(mode: str) -> None:
 
 
 def test_features_of_a_token_pair_sum_to_its_entry() -> None:
-    encoder = SiameseEncoder(tiny_model(pooling="cls").double())
+    encoder = SiameseEncoder(tiny_model(pooling="cls").double(), reference="pad")
     options = {"quadrature": "gauss_legendre", "n_nodes": 16}
     matrix = PairAttributor(encoder, 1, **options).attribute(TEXT_A, TEXT_B, progress=False).matrix
     pairs = [(2, 3), (0, 1), (2, 1)]
@@ -67,7 +69,7 @@ def test_features_of_a_token_pair_sum_to_its_entry() -> None:
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(InputError, match=r"but got 'backward'. Set `mode`"):
-        PairAttributor(SiameseEncoder(tiny_model()), 1, mode="backward")
+        PairAttributor(SiameseEncoder(tiny_model(), reference="pad"), 1, mode="backward")
 
 
 def test_the_planner_pulls_through_long_texts_that_serve_one_pair() -> None:
@@ -86,7 +88,7 @@ def test_the_planner_pulls_through_long_texts_that_serve_one_pair() -> None:
 
 
 def test_token_vectors_are_kept_until_the_weights_change(monkeypatch) -> None:
-    encoder = SiameseEncoder(tiny_model().double())
+    encoder = SiameseEncoder(tiny_model().double(), reference="pad")
     attributor = PairAttributor(encoder, 1)
     evaluated = []
     sums = PathGroup.token_sums
@@ -111,7 +113,9 @@ def test_token_vectors_are_kept_until_the_weights_change(monkeypatch) -> None:
 
 
 def test_a_small_cache_drops_the_oldest(monkeypatch) -> None:
-    attributor = PairAttributor(SiameseEncoder(tiny_model().double()), 1, cache_size="5KB")
+    attributor = PairAttributor(
+        SiameseEncoder(tiny_model().double(), reference="pad"), 1, cache_size="5KB"
+    )
     for text in TEXTS:
         attributor.token_vectors([text])
     kept = attributor._cache.keys(attributor.encoder.model_fingerprint)
@@ -162,7 +166,7 @@ def test_other_errors_and_hopeless_cases_are_raised(monkeypatch) -> None:
 
 
 def test_bfloat16_shows_its_error() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     exact = PairAttributor(encoder, 2, dtype=torch.float64, tolerance=1e-6)
     assert exact.attribute(TEXT_A, TEXT_B).completeness_error <= 1e-6
     rule = {"quadrature": "gauss_legendre", "n_nodes": 8}

@@ -244,7 +244,7 @@ def test_noise_of_tokens_that_cancels_in_the_sum_is_reported(moved: float) -> No
 
 
 def test_plans_do_not_depend_on_what_was_attributed_before() -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, reference="pad")
     fresh = PairAttributor(encoder, 0, cache_size=1)
     used = PairAttributor(encoder, 0, cache_size=1)
     used.token_vectors(["the kitten", "a small red dog is in the house", TEXT_B])

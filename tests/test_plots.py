@@ -23,7 +23,9 @@ from xsiam.result import PairAttribution
 
 @pytest.fixture(scope="module")
 def result() -> PairAttribution:
-    return PairAttributor(SiameseEncoder(tiny_model(), shift=False), 2).attribute(TEXT_A, TEXT_B)
+    return PairAttributor(SiameseEncoder(tiny_model(), shift=False, reference="pad"), 2).attribute(
+        TEXT_A, TEXT_B
+    )
 
 
 def shown(axes) -> torch.Tensor:

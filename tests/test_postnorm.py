@@ -21,7 +21,7 @@ POOLINGS = ("mean", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 
 def both(model, layer: int, truncate_dim: int | None = None, n: int = 2):
     """Return both linearisations at random points of two texts of one length, and directions."""
-    encoder = SiameseEncoder(model.double(), shift=False).eval()
+    encoder = SiameseEncoder(model.double(), shift=False, reference="pad").eval()
     features = encoder.preprocess([TEXT_A] * n)
     with exact_numerics(torch.device("cpu")):
         hidden = encoder.split.capture(features, layer)
@@ -137,7 +137,7 @@ def test_composed_weights_follow_the_precision(monkeypatch) -> None:
     fast, _, directions = both(model, 2)
     with exact_numerics(torch.device("cpu")):
         double = fast.push_tokens(directions, tokens)
-        encoder = SiameseEncoder(model.float(), shift=False).eval()
+        encoder = SiameseEncoder(model.float(), shift=False, reference="pad").eval()
         features = encoder.preprocess([TEXT_A] * 2)
         points = encoder.split.capture(features, 2) * torch.tensor([1.0, 0.7])[:, None, None]
         lineariser = post_norm_lineariser(encoder.split, 2)
@@ -161,7 +161,9 @@ def test_modules_behind_the_pooling_and_truncation(pooling: str) -> None:
 
 def test_what_is_not_a_plain_block_is_differentiated_by_pytorch() -> None:
     def reason(model, layer: int = 1) -> str:
-        found = post_norm_lineariser(SiameseEncoder(model, shift=False).split, layer)
+        found = post_norm_lineariser(
+            SiameseEncoder(model, shift=False, reference="pad").split, layer
+        )
         assert isinstance(found, str)
         return found
 
@@ -182,7 +184,7 @@ def test_what_is_not_a_plain_block_is_differentiated_by_pytorch() -> None:
 
 
 def test_a_formula_of_another_model_is_noticed(monkeypatch) -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, reference="pad")
     slow = PairAttributor(encoder, 1, quadrature="gauss_legendre", n_nodes=3)
     assert slow.integrator.is_hand_written
     forward = type(encoder.split.blocks[2]).forward

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from xsiam import archives, pretrained
+from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError, ModelError
 from xsiam.pretrained import ResolvedModel, load_sentence_transformer, resolve
 
@@ -324,6 +325,9 @@ def test_reference_code_folder(family: str, shift: bool, tmp_path: Path) -> None
     expected = hidden.mean(dim=1)[0]
     torch.testing.assert_close(model.encode(TEXTS[0], convert_to_tensor=True).cpu(), expected)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    encoder = SiameseEncoder.from_pretrained(folder)
+    assert encoder.shift == shift
+    assert encoder.reference.name == ("pad" if shift else "fitted")  # what it was trained with
 
 
 def test_loading_options(shifting: Path) -> None:

@@ -219,7 +219,7 @@ def test_roles_are_those_that_the_model_has_prompts_for(attributor: PairAttribut
     assert "prompt" not in plain.kinds
     truth = attributor.encoder.score(QUERY, DOCUMENTS[0], None, "query")
     assert plain.document(0).score == pytest.approx(float(truth), abs=1e-9)
-    without = PairAttributor(SiameseEncoder(tiny_model(), shift=False), 3)
+    without = PairAttributor(SiameseEncoder(tiny_model(), shift=False, reference="pad"), 3)
     found = explain_ranking(without, QUERY, DOCUMENTS[:2])
     assert (found.role_query, found.role_documents) == (None, None)
 

@@ -142,7 +142,7 @@ def test_a_fitted_vector_has_a_smaller_embedding(architecture: str) -> None:
 
 def test_no_step_within_the_bound_lowers_it_much() -> None:
     """In float64: along the gradient and along random directions, whatever the size of the step."""
-    encoder = SiameseEncoder(tiny_model("distilbert").double(), shift=False)
+    encoder = SiameseEncoder(tiny_model("distilbert").double(), shift=False, reference="pad")
     reference = fit_reference(encoder)
     assert reference.report.converged
     features = encoder.preprocess(TEXTS[:1])
@@ -168,7 +168,7 @@ def test_no_step_within_the_bound_lowers_it_much() -> None:
 
 
 def test_a_seed_gives_one_vector() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     one, two = fit_reference(encoder, seed=3), fit_reference(encoder, seed=3)
     assert torch.equal(one.c, two.c)
     assert one.label == two.label != fit_reference(encoder, max_norm=0.5).label
@@ -176,7 +176,7 @@ def test_a_seed_gives_one_vector() -> None:
 
 @pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_weights_are_not_touched() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     before = encoder.model_fingerprint
     fit_reference(encoder, CORPUS)
     assert encoder.model_fingerprint == before
@@ -185,7 +185,7 @@ def test_weights_are_not_touched() -> None:
 
 @pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_texts_make_scores_be_kept() -> None:
-    plain = SiameseEncoder(tiny_model(), shift=False)
+    plain = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     without, with_texts = fit_reference(plain), fit_reference(plain, CORPUS)
 
     def change(reference) -> float:
@@ -279,16 +279,17 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert encoder.reference.c is not None
 
 
-def test_an_unmodified_model_starts_from_fitted(tmp_path: Path) -> None:
+def test_models_start_from_fitted(tmp_path: Path) -> None:
     tiny_model().save(str(tmp_path))
-    assert SiameseEncoder.from_pretrained(tmp_path, shift=False).reference.name == "fitted"
-    assert SiameseEncoder.from_pretrained(tmp_path).reference.name == "pad"
+    for shift in (False, True):
+        assert SiameseEncoder.from_pretrained(tmp_path, shift=shift).reference.name == "fitted"
+        assert SiameseEncoder(tiny_model(), shift=shift).reference.name == "fitted"
     named = SiameseEncoder.from_pretrained(tmp_path, shift=False, reference="mask")
     assert named.reference.name == "mask"
     model = tiny_model()
     model[1] = Pooling(32, "mean_sqrt_len_tokens")
     with pytest.warns(UserWarning, match=r"'pad' is taken instead of 'fitted': .* it differs by"):
-        other = SiameseEncoder(model, shift=False, reference=None)
+        other = SiameseEncoder(model, shift=False)
     assert other.reference.name == "pad"
 
 
@@ -306,7 +307,7 @@ REFERENCES = {
 @pytest.mark.parametrize("shift", [True, False])
 def test_references_are_saved_with_a_model(kind: str, shift: bool, tmp_path: Path) -> None:
     model = tiny_model(extra=[Normalize()])
-    reference = REFERENCES[kind](SiameseEncoder(model, shift=False))
+    reference = REFERENCES[kind](SiameseEncoder(model, shift=False, reference="pad"))
     encoder = SiameseEncoder(model, shift=shift, reference=reference)
     encoder.save_pretrained(tmp_path / "export")
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
@@ -345,7 +346,7 @@ def test_a_fold_that_was_trained_elsewhere_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_vector_of_another_model_is_refused() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     reference = fit_reference(encoder)
     state = reference.state(encoder.split, encoder.preprocess(["dog"]))
     saved = FittedReference.from_state(json.loads(json.dumps(state)))
@@ -362,7 +363,7 @@ def test_a_vector_of_another_model_is_refused() -> None:
 
 
 def test_a_mean_is_that_of_the_texts_own_tokens() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     rows = []
     with torch.no_grad(), evaluation_mode(encoder):
         for text in CORPUS:
@@ -396,7 +397,7 @@ def test_special_tokens_fill_texts(name: str) -> None:
 
 
 def test_wrong_references_are_named() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     for name in ("max_norm", "n_starts", "max_iterations"):
         with pytest.raises(InputError, match=f"Expected `{name}` to be positive, but got 0"):
             fit_reference(encoder, **{name: 0})
@@ -420,11 +421,11 @@ def test_a_model_of_other_lengths_is_refused_before_the_fit() -> None:
     model = tiny_model()
     model[1] = Pooling(32, "mean_sqrt_len_tokens")
     with pytest.raises(ModelError, match=r"the same for every length, but .* it differs by"):
-        fit_reference(SiameseEncoder(model, shift=False))
+        fit_reference(SiameseEncoder(model, shift=False, reference="pad"))
 
 
 def test_a_fit_that_was_cut_short_says_so() -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     with pytest.warns(ConvergenceWarning, match="had not settled after 1 iterations"):
         reference = fit_reference(encoder, max_iterations=1)
     assert not reference.report.converged

@@ -50,7 +50,7 @@ def imitate(
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_errors_count_the_rounding(imitate, layer: int) -> None:
     calls = imitate(lambda group: BFLOAT16_LIKE)
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     rows = errors(encoder, layer, random_texts(6), tolerance=LOOSE)
     assert any(calls)
     assert_honest(rows)
@@ -65,7 +65,7 @@ def length_of(encoder: SiameseEncoder, text: str) -> int:
 
 def test_rounding_that_a_tolerance_has_no_room_for_is_not_tried(imitate) -> None:
     lengths = imitate(lambda group: BFLOAT16_LIKE)
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     texts = [text for text in TEXTS if length_of(encoder, text) != length_of(encoder, PROBE)]
     for options in ({}, {"tolerance": LOOSE, "matmul_precision": "highest"}):
         PairAttributor(encoder, 1, **options).token_vectors(texts)
@@ -76,7 +76,7 @@ def test_rounding_that_a_tolerance_has_no_room_for_is_not_tried(imitate) -> None
 
 
 def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     n_probe = length_of(encoder, PROBE)
     imitate(lambda group: BFLOAT16_LIKE if group.length == n_probe else 0.3)
     texts = [text for text in TEXTS if length_of(encoder, text) != n_probe]
@@ -97,7 +97,7 @@ def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
 
 def test_what_the_machine_rounds_is_honest() -> None:
     """With bfloat16 or TF32 units this is their rounding, without them none."""
-    encoder = SiameseEncoder(tiny_model(), shift=False)
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     rows = errors(encoder, 1, random_texts(12), tolerance=LOOSE)
     assert_honest(rows)
     assert_flags(rows, LOOSE, 1.0)
@@ -105,4 +105,4 @@ def test_what_the_machine_rounds_is_honest() -> None:
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(InputError, match=r"`matmul_precision` to be one of .* but got 'high'"):
-        PairAttributor(SiameseEncoder(tiny_model()), 1, matmul_precision="high")
+        PairAttributor(SiameseEncoder(tiny_model(), reference="pad"), 1, matmul_precision="high")

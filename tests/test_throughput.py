@@ -173,4 +173,8 @@ def test_finished_runs_are_not_made_again(
     content = json.loads((output / "results.json").read_text())
     assert [row["method"] for row in content["rows"]] == keys
     assert len(content["commands"]) == 1
+    assert throughput.main([*arguments, "--methods=pad", "--runs=2"]) == 0
+    assert made[-2:] == ["pad on random batches", "pad on bucketed batches"]
+    with pytest.raises(SystemExit, match=r"--methods among .*, but got {.mask.}"):
+        throughput.main([*arguments, "--methods=mask"])
     assert "on bucketed batches" in (output / "results.md").read_text()

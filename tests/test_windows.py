@@ -62,7 +62,7 @@ HEADS = {
 def attributor_of(
     shift: bool = False, layer: int = 2, tolerance: float = 1e-5, **options
 ) -> PairAttributor:
-    encoder = SiameseEncoder(tiny_model(**options).double(), shift=shift)
+    encoder = SiameseEncoder(tiny_model(**options).double(), shift=shift, reference="pad")
     return PairAttributor(encoder, layer, tolerance=tolerance)
 
 
@@ -225,7 +225,7 @@ def test_every_window_carries_the_prompt() -> None:
 
 
 def test_what_did_not_converge_is_flagged() -> None:
-    encoder = SiameseEncoder(tiny_model().double(), shift=False)
+    encoder = SiameseEncoder(tiny_model().double(), shift=False, reference="pad")
     attributor = PairAttributor(encoder, 0, tolerance=1e-9, max_nodes=20)
     with pytest.warns(ConvergenceWarning, match=r"1 of 2 texts .* 1\.0e-09 over their windows"):
         result = WindowedAttributor(attributor, overlap=8).attribute(LONG_B, "[PAD]")

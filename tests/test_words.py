@@ -272,7 +272,7 @@ def test_words_that_no_token_reaches_are_listed_apart_from_those_inside_a_token(
 def test_words_beyond_the_window_are_counted() -> None:
     model = tiny_model()
     model.max_seq_length = 5
-    attributor = PairAttributor(SiameseEncoder(model), 2, tolerance=0.1)
+    attributor = PairAttributor(SiameseEncoder(model, reference="pad"), 2, tolerance=0.1)
     with pytest.warns(TruncationWarning):
         result = attributor.attribute("the small dog sleeps outside", "a cat")
     words = result.sum_words()

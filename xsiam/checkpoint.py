@@ -62,6 +62,8 @@ def load_encoder(
         model = load_sentence_transformer(resolved, **loading)
         merge_adapters(model)
         settings = {"shift": resolved.shift, "similarity": resolved.similarity}
+        if resolved.kind == "reference_code" and resolved.shift:
+            settings["reference"] = "pad"
         settings |= _take_out_shift(model, _read_settings(resolved.path))
     given = {
         "similarity": similarity,

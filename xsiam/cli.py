@@ -145,8 +145,7 @@ def _add_attributor(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-nodes", type=int, default=4096)
     command.add_argument(
         "--reference",
-        help="pad, uniform, fitted, neutral, mask or unk (default: the model's own; else pad with "
-        "a shift, fitted without)",
+        help="pad, uniform, fitted, neutral, mask or unk (default: the model's own, else fitted)",
     )
     command.add_argument(
         "--shift",

@@ -113,8 +113,9 @@ class ModelConfig(Section):
     """What the score is; null takes the model's own."""
     shift: bool = True
     """Whether the embedding of the reference is subtracted, which makes the model exact."""
-    reference: Name = "pad"
-    """Registered name of the reference: "pad" (published), "uniform", "fitted" (length-free), …"""
+    reference: Name | None = None
+    """Registered name of the reference: "fitted" (one vector), "pad" (published), …; null takes the
+    model's own, or "fitted"."""
     train_reference: bool = False
     """Whether the vector of a reference that has one ("fitted", …) is trained with the weights."""
     normalize: bool | None = None

@@ -71,8 +71,8 @@ class SiameseEncoder(nn.Module):
         similarity: "cos" or "dot"; None takes the model's own similarity function.
         shift: Whether to subtract the reference embedding.
         reference: A registered name ("pad", "uniform", "fitted", …) or a reference object. None is
-            what is recommended: `pad`, the published one, with a shift; without one `fitted`, or
-            `pad`, with a warning, where the model does not allow that.
+            what is recommended: `fitted`, or `pad`, with a warning, where the model does not allow
+            that.
         normalize: Whether the embedding ends in a Normalize; None keeps what the model has.
 
     Raises:
@@ -90,7 +90,7 @@ class SiameseEncoder(nn.Module):
         *,
         similarity: str | None = None,
         shift: bool = True,
-        reference: str | AbstractReference | None = "pad",
+        reference: str | AbstractReference | None = None,
         normalize: bool | None = None,
     ) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class SiameseEncoder(nn.Module):
         pad_id(self.tokenizer)  # needed by every batch
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
-        self.reference = given or recommended_reference(self.split, probe, shift=shift)
+        self.reference = given or recommended_reference(self.split, probe)
         self.reference.prepare(self.split, probe)
         self.reference.check(self.split, probe)
         if shift:
@@ -148,8 +148,9 @@ class SiameseEncoder(nn.Module):
 
         Also loads our own ``.ckpt`` files and exports, and the reference code's checkpoint folders
         and archives. What the source records (similarity, shift, reference) is kept; arguments that
-        are given win; a plain model becomes a shifted encoder with the ``pad`` reference, with
-        ``shift=False`` an unmodified one with the ``fitted`` reference.
+        are given win; a plain model becomes a shifted encoder, with ``shift=False`` an
+        unmodified one, both with the ``fitted`` reference; models of the reference code that shift
+        have ``pad``.
 
         Raises:
             ModelError: If there is no such model or it cannot be used, with the reason.
