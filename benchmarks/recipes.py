@@ -41,7 +41,8 @@ from xsiam import ConvergenceWarning, PairAttributor, SiameseEncoder
 from xsiam.config import TrainConfig, load_config
 from xsiam.metrics import pearson, spearman
 from xsiam.pairs import PairDataset, load_pairs
-from xsiam.training import build_module, run_training
+from xsiam.training import run_training
+from xsiam.training_parts import build_module
 
 Row = dict[str, Any]
 CONFIG = Path(__file__).parents[1] / "configs" / "stsb_minilm.yaml"

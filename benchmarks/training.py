@@ -41,7 +41,7 @@ from tables import table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from xsiam import training
+from xsiam import training, training_parts
 from xsiam.config import TrainConfig, load_config
 from xsiam.data import PairDataModule
 from xsiam.encoder import SiameseEncoder
@@ -180,8 +180,8 @@ class Bench:
         self.options = options
         self.total = options.warm_up + options.steps
         self.config = self._config(METHODS[0])
-        module = training.build_module(self.config)
-        self.pairs: PairDataset = training.build_data(self.config, module).pairs("train")
+        module = training_parts.build_module(self.config)
+        self.pairs: PairDataset = training_parts.build_data(self.config, module).pairs("train")
         self.fingerprint = module.encoder.model_fingerprint
         self.dataset = Dataset.from_dict(
             {"a": self.pairs.texts_a, "b": self.pairs.texts_b, "label": self.pairs.labels}
@@ -211,11 +211,11 @@ class Bench:
     def train_ours(self, method: Method, clock: Clock, folder: Path) -> SiameseEncoder:
         """Train with what `xsiam train` trains with; checkpoints and validation apart."""
         config = self._config(method)
-        module = training.build_module(config)
-        data = training.build_data(config, module)
+        module = training_parts.build_module(config)
+        data = training_parts.build_data(config, module)
         callbacks = [SeededSteps(config.seed), LearningRateMonitor("step"), LightningClock(clock)]
         with training._quiet():
-            trainer = training._build_trainer(
+            trainer = training_parts.build_trainer(
                 config.trainer,
                 folder,
                 loggers=[TensorBoardLogger(folder, "tensorboard", version=""), HistoryLogger()],
@@ -233,7 +233,7 @@ class Bench:
         )
 
         config = self._config(method)
-        encoder = training.build_module(config).encoder
+        encoder = training_parts.build_module(config).encoder
         batches = self.batches(method)
         optimizer = config.optimizer
         arguments = SentenceTransformerTrainingArguments(
@@ -277,8 +277,8 @@ class Bench:
             SentenceTransformerDataCollator,
         )
 
-        module = training.build_module(self.config)
-        data: PairDataModule = training.build_data(self.config, module)
+        module = training_parts.build_module(self.config)
+        data: PairDataModule = training_parts.build_data(self.config, module)
         theirs_of = SentenceTransformerDataCollator(module.encoder.model.preprocess)
         for method in (Method("none", False), Method("none", True)):
             for rows in self.batches(method)[:3]:

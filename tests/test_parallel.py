@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from test_training import distance, overrides, refused, train, weights, write_pairs
 
-from xsiam import training
+from xsiam import training, training_parts
 from xsiam.config import TrainConfig, TrainerConfig, load_config
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import CheckpointError, InputError
@@ -292,7 +292,7 @@ def test_process_that_never_comes_is_not_waited_for(inputs: Path, tmp_path: Path
 def test_timeout_is_that_of_the_strategy(tmp_path: Path) -> None:
     for strategy in ("auto", "ddp", "fsdp"):
         config = TrainerConfig(accelerator="cpu", devices=2, strategy=strategy, timeout=90)
-        trainer = training._build_trainer(
+        trainer = training.build_trainer(
             config, tmp_path, loggers=[], callbacks=[], validates=False
         )
         assert trainer.strategy._timeout.total_seconds() == 90, strategy
@@ -302,7 +302,7 @@ def test_timeout_is_that_of_the_strategy(tmp_path: Path) -> None:
 def test_strategies_that_share_weights_otherwise_are_refused() -> None:
     match = r"auto, ddp or fsdp, but got 'fsdp_cpu_offload'.*Set `trainer.strategy=fsdp`"
     with pytest.raises(InputError, match=match):
-        training._set_up(FSDPStrategy(), TrainerConfig(strategy="fsdp_cpu_offload"))
+        training_parts._set_up(FSDPStrategy(), TrainerConfig(strategy="fsdp_cpu_offload"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from models import tiny_folder
 from test_training import distance, write_pairs
 
 from xsiam.config import TrainConfig, load_config
-from xsiam.training import build_data, build_module
+from xsiam.training_parts import build_data, build_module
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():  # an installed copy has none
@@ -134,7 +134,7 @@ def test_both_sides_end_in_the_same_weights(
     pytest.importorskip("accelerate")
     bench = throughput.Bench(throughput.parse([*arguments, "--loss", loss]))
     bench.check_inputs()
-    before = throughput.training.build_module(bench.config).encoder.state_dict()
+    before = throughput.training_parts.build_module(bench.config).encoder.state_dict()
     found = {}
     for name in (throughput.THEIRS, "none"):
         method = METHOD[f"{name} on {batches} batches"]

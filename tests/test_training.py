@@ -114,12 +114,12 @@ def act_at(monkeypatch: pytest.MonkeyPatch, hook: str, step: int, act: Callable[
             act(*([trainer] if act.__code__.co_argcount else []))
 
     setattr(Act, hook, acts)
-    build = training._build_trainer
+    build = training.build_trainer
 
     def with_act(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
         return build(*args, callbacks=[*callbacks, Act()], **kwargs)
 
-    monkeypatch.setattr(training, "_build_trainer", with_act)
+    monkeypatch.setattr(training, "build_trainer", with_act)
 
 
 def raise_at(monkeypatch: pytest.MonkeyPatch, hook: str, step: int, error: Exception) -> None:
