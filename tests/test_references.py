@@ -256,6 +256,15 @@ def test_a_model_is_fitted_when_it_is_explained_and_only_once(fits, tmp_path: Pa
     assert another.reference_label != plain.reference_label
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_search_shows_its_progress_in_a_terminal_only(
+    is_terminal: bool, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
+    assert ("fitting the reference" in capsys.readouterr().out) == is_terminal
+
+
 def test_other_choices_are_other_vectors(tmp_path: Path, monkeypatch) -> None:
     first = SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
     monkeypatch.setattr(fitted, "FitOptions", lambda: FitOptions(max_norm=0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class SiameseEncoder(nn.Module):
         self.reference.prepare(self.split, probe)
         self.reference.check(self.split, probe)
         if shift:
-            self.reference.complete(self.split)
+            self.reference.complete(self.split, progress=sys.stdout.isatty())
         with torch.no_grad(), evaluation_mode(self.model):
             self.embedding_dim: int = self.split.embed(probe)[:, : model.truncate_dim].shape[1]
 
@@ -150,7 +151,8 @@ class SiameseEncoder(nn.Module):
         and archives. What the source records (similarity, shift, reference) is kept; arguments that
         are given win; a plain model becomes a shifted encoder, with ``shift=False`` an
         unmodified one, both with the ``fitted`` reference; models of the reference code that shift
-        have ``pad``.
+        have ``pad``. The vector of ``fitted`` takes seconds to a minute to find, once for a set of
+        weights: it is kept on disk.
 
         Raises:
             ModelError: If there is no such model or it cannot be used, with the reason.

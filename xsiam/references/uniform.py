@@ -110,9 +110,10 @@ class VectorReference(UniformReference):
 
     @c.setter
     def c(self, vector: Tensor | None) -> None:
-        if self._trained is None or vector is None:
-            self._fixed, self._trained = vector, None
+        if self._trained is None:
+            self._fixed = vector
             return
+        assert vector is not None
         with torch.no_grad():
             self._trained.copy_(vector)
 
