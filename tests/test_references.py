@@ -261,6 +261,7 @@ def test_a_search_shows_its_progress_in_a_terminal_only(
     is_terminal: bool, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM", "xterm")  # where it is `dumb`, bars are not drawn
     SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
     assert ("fitting the reference" in capsys.readouterr().out) == is_terminal
 
