@@ -349,6 +349,20 @@ def test_interrupted_integration_goes_on(
     assert analyses(result)[NAME]["status"] == "finished"
 
 
+def test_a_folder_that_another_process_only_begins_is_no_obstacle(
+    inputs: Path, tmp_path: Path, integrated: list[int]
+) -> None:
+    """Between making an index's folder and writing its manifest it is empty."""
+    evaluate(inputs, tmp_path / "first")
+    vectors = Path("analysis") / "token_vectors"
+    for folder in (tmp_path / "first" / vectors).iterdir():
+        (tmp_path / "second" / vectors / folder.name).mkdir(parents=True)
+    integrated.clear()
+    result = evaluate(inputs, tmp_path / "second")
+    assert len(integrated) == len(LAYERS)
+    assert analyses(result)[NAME]["status"] == "finished"
+
+
 def register(name: str, run: Any, **attributes: Any) -> None:
     kind = type(
         name.title(),

@@ -23,7 +23,7 @@ from xsiam.encoder import SiameseEncoder
 from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.index import TokenVectorIndex
 from xsiam.index_building import describe, missing_shards
-from xsiam.index_manifest import Manifest
+from xsiam.index_manifest import MANIFEST, Manifest
 from xsiam.pairs import PairDataset
 from xsiam.reading import TokenVectors
 from xsiam.result import PairAttribution
@@ -223,7 +223,9 @@ class Context:
         """Return where texts are whose token vectors are on disk, of this model and settings."""
         wanted = _but_texts(describe(self.attributor(*key[:2]), texts, key[2], "float32", _SHARD))
         found: dict[str, tuple[TokenVectorIndex, int]] = {}
-        for path in sorted(self.folder.glob(f"{_prefix(key)}-*")):
+        # A folder that has no manifest yet is one that another process begins at this moment.
+        for file in sorted(self.folder.glob(f"{_prefix(key)}-*/{MANIFEST}")):
+            path = file.parent
             manifest = Manifest.read(path)
             if _but_texts(manifest) == wanted and not missing_shards(path, manifest):
                 index = TokenVectorIndex(path, manifest)
