@@ -35,6 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     more = ["trainer.max_epochs=1", "attribution.layers=[2,3]", "attribution.n_pairs=3"]
     more += ["attribution.n_figures=0", "model.freeze_layers=1", "optimizer.layer_decay=0.9"]
+    more += ["bend.weight=0.1"]
     return train(inputs, tmp_path_factory.mktemp("finished") / "run", *more)
 
 
@@ -89,6 +90,7 @@ def test_a_card_says_how_a_run_was_made_and_what_it_measured(
         "* objective: `mse_cosine`",
         "* learning rate of a layer relative to the one above: 0.9",
         "* frozen: embeddings and the first 1 blocks",
+        "* a term that keeps attribution paths straight, weight 0.1, at all layers",
         "* batch: 8 pairs",
         "* epochs: 1, 6 steps",
         "* precision: `32-true`, seed 0",

@@ -450,6 +450,9 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
         "dims": None,
         "dim_weights": None,
         "train_reference": False,
+        "bend_weight": 0.0,
+        "bend_layer": None,
+        "bend_texts": 8,
     }
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 

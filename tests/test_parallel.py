@@ -312,6 +312,10 @@ def test_strategies_that_share_weights_otherwise_are_refused() -> None:
         ("trainer.precision=16-mixed", r"`trainer.precision=16-mixed`.*bf16-mixed"),
         ("lora.enabled=true", r"auto or ddp where `lora.enabled=true`, but got 'fsdp'"),
         ("model.train_reference=true", r"auto or ddp where `model.train_reference=true`"),
+        (
+            "bend.weight=0.1",
+            r"auto or ddp where `bend.weight=0.1`.*ddp`, or `bend.weight=0.0`",
+        ),
         ("trainer.timeout=0", r"`trainer.timeout` to be a positive number"),
     ],
 )

@@ -632,9 +632,10 @@ def test_two_processes_train_upper_layers_at_their_rates(inputs: Path, tmp_path:
     [
         ["model.freeze_layers=1", "optimizer.layer_decay=0.5"],
         ["model.reference=fitted", "model.train_reference=true"],
+        ["bend.weight=0.1"],  # draws texts, places and a layer in every step
     ],
 )
-def test_run_with_rates_by_layer_or_a_vector_of_its_own_is_resumed(
+def test_run_with_rates_by_layer_a_vector_of_its_own_or_straight_paths_is_resumed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
     more = [*more, "checkpoint.every_n_steps=4"]
@@ -681,6 +682,24 @@ def test_layers_out_of_range_are_refused(
     inputs: Path, tmp_path: Path, more: str, match: str
 ) -> None:
     refused(inputs, tmp_path, InputError, match, more)
+
+
+# ---------------------------------------------------------------- straight paths
+
+
+def test_the_loss_of_the_objective_and_the_bend_of_paths_are_logged_apart(
+    inputs: Path, tmp_path: Path
+) -> None:
+    logged = {}
+    for weight in (0.0, 0.5):
+        more = [f"bend.weight={weight}", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+        result = train(inputs, tmp_path / str(weight), *more)
+        events = EventAccumulator(str(result.tensorboard_dir)).Reload()
+        logged[weight] = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    losses = [logged[weight]["train/loss"][0].value for weight in logged]
+    assert losses[0] == losses[1]
+    assert "train/bend" not in logged[0.0]
+    assert [0 < event.value < 10 for event in logged[0.5]["train/bend"]] == [True, True]
 
 
 # ---------------------------------------------------------------- choices

@@ -249,6 +249,19 @@ class ObjectiveConfig(Section):
 
 
 @dataclass
+class BendConfig(Section):
+    """A term of the loss that keeps attribution paths straight."""
+
+    weight: NonNegative = 0.0
+    """What the mean bend of paths is multiplied by before it is added to the loss; 0 leaves the
+    term out."""
+    layer: NonNegativeInt | None = None
+    """Layer of the paths; null draws one for every step."""
+    n_texts: Count = 8
+    """Texts of a batch whose paths are looked at; each is embedded twice more."""
+
+
+@dataclass
 class OptimizerConfig(Section):
     """AdamW and its learning rate over the training steps."""
 
@@ -434,6 +447,8 @@ class TrainConfig(Section):
     """Low-rank adapters in place of full fine-tuning."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What training minimises."""
+    bend: BendConfig = field(default_factory=BendConfig)
+    """What else it minimises, for attributions."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -120,6 +120,10 @@ print(result.score, result.matrix.sum(), result.completeness_error)
 {% if run.config.model.train_reference %}
 * the vector of the reference was trained with the weights
 {% endif %}
+{% if run.config.bend.weight %}
+* a term that keeps attribution paths straight, weight {{ run.config.bend.weight }}, \
+{{ "at all layers" if run.config.bend.layer is none else "at layer %d" % run.config.bend.layer }}
+{% endif %}
 {% if run.model.lora %}
 * LoRA, merged here: rank {{ run.model.lora.r }}, alpha {{ run.model.lora.alpha }}, dropout \
 {{ run.model.lora.dropout }}, targets {{ run.model.lora.target_modules | join(", ") | code }}

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from xsiam.bend import BendTerm
 from xsiam.checkpoint import check_format
 from xsiam.depth import check_depths, freeze_lower_layers, parameter_depths, parameter_groups
 from xsiam.encoder import SiameseEncoder
@@ -85,6 +86,11 @@ class SiameseModule(LightningModule):
         dim_weights: What the loss of each of `dims` is multiplied by; None is 1.
         train_reference: Whether the vector of the reference is trained along, as one of the
             embeddings, see `SiameseEncoder.train_reference`.
+        bend_weight: What the bend of attribution paths is multiplied by and added to the loss in
+            training, see `xsiam.bend`; 0 leaves it out. With it ``train/bend`` is logged too, and
+            ``train/loss`` stays that of the objective.
+        bend_layer: Layer of these paths; None draws one for every step.
+        bend_texts: Most texts of a batch whose paths are looked at.
 
     Attributes:
         undefined: Keys that the last validation or test could not log, and why.
@@ -114,6 +120,9 @@ class SiameseModule(LightningModule):
         dims: Sequence[int] | None = None,
         dim_weights: Sequence[float] | None = None,
         train_reference: bool = False,
+        bend_weight: float = 0.0,
+        bend_layer: int | None = None,
+        bend_texts: int = 8,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder"])
@@ -143,6 +152,9 @@ class SiameseModule(LightningModule):
             encoder.train_reference()
         check_depths(encoder, freeze_layers, layer_decay)
         self.layer_decay, self.freeze_layers = layer_decay, freeze_layers
+        self.bend = BendTerm(bend_weight, bend_layer, bend_texts) if bend_weight else None
+        if self.bend is not None:
+            self.bend.check(encoder)
         self.gradient_norm, self.anisotropy = gradient_norm, anisotropy
         self.activation_checkpointing = activation_checkpointing
         self._depths: dict[str, int] | None = None
@@ -200,6 +212,10 @@ class SiameseModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         for name, count in self.objective.figures(embedded).items():
             self.log(f"train/{name}", count, reduce_fx="sum", sync_dist=True, batch_size=size)
+        if self.bend is not None:
+            bend = self.bend(self.encoder, [batch["a"], batch["b"]])
+            self.log("train/bend", bend, batch_size=size)
+            loss = loss + self.bend.weight * bend
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

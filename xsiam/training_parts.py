@@ -43,21 +43,30 @@ def check_strategy(config: TrainConfig) -> None:
     """Refuse what cannot be trained here, or not where processes share the weights."""
     if config.lora.enabled:
         check_peft()
+    # Key: what it is, what it would have to be, and why.
     refused = {
         "lora.enabled": (
             config.lora.enabled,
+            False,
             "adapters are merged into whole weights, and leave little to share out",
         ),
         "model.train_reference": (
             config.model.train_reference,
+            False,
             "the vector is read outside of the units that are gathered",
         ),
+        "bend.weight": (
+            config.bend.weight,
+            0.0,
+            "paths run through a part of the model, and the whole is gathered",
+        ),
     }
-    for key, (is_set, reason) in refused.items():
-        if is_set and config.trainer.strategy == FSDP:
+    for key, (value, off, reason) in refused.items():
+        if value != off and config.trainer.strategy == FSDP:
+            shown = str(value).lower()
             raise InputError(
-                f"Expected `trainer.strategy` to be auto or ddp where `{key}=true`, but got "
-                f"{FSDP!r}: {reason}. Set `trainer.strategy=ddp`, or `{key}=false`."
+                f"Expected `trainer.strategy` to be auto or ddp where `{key}={shown}`, but got "
+                f"{FSDP!r}: {reason}. Set `trainer.strategy=ddp`, or `{key}={str(off).lower()}`."
             )
 
 
@@ -107,6 +116,9 @@ def build_module(config: TrainConfig) -> SiameseModule:
         dims=config.objective.dims,
         dim_weights=config.objective.dim_weights,
         train_reference=model.train_reference,
+        bend_weight=config.bend.weight,
+        bend_layer=config.bend.layer,
+        bend_texts=config.bend.n_texts,
     )
 
 
