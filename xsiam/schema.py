@@ -21,6 +21,8 @@ from xsiam.errors import InputError
 _NULL = ("null", "none")
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
+# How alike a key and a misspelled one are, section included, so that no other key is meant.
+_ALL_BUT_EQUAL = 0.9
 _NAMES: dict[Any, str] = {
     str: "text",
     bool: "true or false",
@@ -225,7 +227,8 @@ def _walk(
 def _unknown(key: str, known: Mapping[str, Any], origin: str) -> str:
     """Return the message for an unknown key, with the known keys it resembles."""
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    close = same_name or difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=_ALL_BUT_EQUAL)
+    close = close or same_name or difflib.get_close_matches(key, known, n=1)
     if not close:
         by_name = {name.split(".")[-1]: name for name in known}
         last = difflib.get_close_matches(key.split(".")[-1], by_name, n=1)
