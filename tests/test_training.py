@@ -608,6 +608,7 @@ def test_two_processes_train_upper_layers_at_their_rates(inputs: Path, tmp_path:
     """DDP waits for the gradient of every parameter that is not frozen, from its second step on."""
     output = tmp_path / "run"
     more = ["model.freeze_layers=1", "optimizer.layer_decay=0.5", "trainer.max_steps=4"]
+    more += ["bend.weight=0.1"]  # further forwards, through parts of the model
     arguments = overrides(inputs, output, *more, "trainer.devices=2", "data.batch_size=4")
     done = run_script(tmp_path, arguments)
     assert done.returncode == 0, done.stderr
