@@ -28,6 +28,7 @@ from cases import DEMO_A, DEMO_B, SECTIONS, TIGHT, Case, Plan
 from peers import PEERS, local_folder, make_environments, python_of, script_of
 from pictures import draw
 from processes import Script
+from published import VARIANTS
 from results import Results, replace_text
 from tables import markdown
 
@@ -48,6 +49,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 0)) or _cores())
     add("--timeout", type=float, default=3600.0, help="seconds for one case")
     add("--nodes", type=int, help="N of the published procedure (50)")
+    add("--variants", default=",".join(VARIANTS), help="of the published procedure: %(default)s")
     add("--minilm", default="all-MiniLM-L6-v2", help="name or folder of all-MiniLM-L6-v2")
     add("--mpnet", help="name or folder of all-mpnet-base-v2; left out where not given")
     add("--minilm-layers", type=int, nargs="*", help="held against others (5 3 0)")
@@ -68,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(chosen) - set(SECTIONS))
     if unknown:
         raise SystemExit(f"Expected --sections among {', '.join(SECTIONS)}, but got {unknown}.")
+    unknown = sorted(set(options.variants.split(",")) - set(VARIANTS))
+    if unknown:
+        raise SystemExit(f"Expected --variants among {', '.join(VARIANTS)}, but got {unknown}.")
     pythons = peer_pythons(options)
     models = {Path(name).name: name for name in (options.minilm, options.mpnet) if name}
     command = shlex.join(["python", "benchmarks/attribution.py", *arguments])
@@ -79,26 +84,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.begin(command, machine, models)
             plan = make_plan(options, depth, tuple(pythons))
             cases = [case for section in chosen for case in SECTIONS[section](plan)]
-            run(cases, results, runner)
+            run(cases, results, runner, together=_is_cuda(options))
     except ValueError as error:
         raise SystemExit(str(error)) from error
     report(results)
     return 0
 
 
-def run(cases: Sequence[Case], results: Results, runner: Runner) -> None:
+def run(cases: Sequence[Case], results: Results, runner: Runner, *, together: bool = False) -> None:
     """Run the cases that have no row yet and write each row as it comes."""
     missing = [case for case in cases if not results.has(case)]
     print(f"{len(cases) - len(missing)} of {len(cases)} rows are there", flush=True)
-    for group in groups(missing):
+    for group in groups(missing, together=together):
         for case, answer in runner.answers(group, results):
             row = results.add(case, answer)
             replace_text(results.folder / "results.md", markdown(results))
             print(f"{case.key}: {_brief(row)}", flush=True)
 
 
-def groups(cases: Iterable[Case]) -> Iterator[list[Case]]:
-    """Put neighbours of one section and model into one process, except those that go alone."""
+def groups(cases: Iterable[Case], *, together: bool) -> Iterator[list[Case]]:
+    """Put neighbours of one section and model into one process, except those that go alone.
+
+    Args:
+        cases: All of them.
+        together: Whether none need go alone, as where the device's own allocator knows the memory:
+            then one process takes xsiam's, and another one those that wait for others' errors.
+    """
+    if together:
+        kinds: dict[tuple[str, bool], list[Case]] = {}
+        for case in cases:
+            peer = case.method if case.method in PEERS else ""
+            kinds.setdefault((peer, "tolerance_from" in case.settings), []).append(case)
+        yield from (kinds[kind] for kind in sorted(kinds, key=lambda kind: kind[1]))
+        return
     numbered = enumerate(cases)
     for _, members in itertools.groupby(
         numbered, key=lambda item: item[0] if item[1].alone else (item[1].section, item[1].model)
@@ -193,7 +211,8 @@ def make_plan(options: argparse.Namespace, depth: dict[str, int], peers: tuple[s
         depth=depth,
         all_layers=every,
         environments=peers,
-        chunk=64 if options.device.startswith("cuda") else 16,
+        variants=tuple(options.variants.split(",")),
+        chunk=1024 if _is_cuda(options) else 16,
         peer_defaults=not options.skip_peer_defaults,
     )
     if options.quick:
@@ -214,6 +233,8 @@ def make_plan(options: argparse.Namespace, depth: dict[str, int], peers: tuple[s
             dtypes=("bfloat16",),
             peer_defaults=False,
         )
+    if _is_cuda(options):
+        plan = dataclasses.replace(plan, batch=8 * plan.batch, layer_pairs=20 * plan.layer_pairs)
     if options.nodes is not None:
         plan = dataclasses.replace(plan, nodes=options.nodes)
     return plan
@@ -241,6 +262,10 @@ def peer_pythons(options: argparse.Namespace) -> dict[str, Path]:
     else:
         options.xsbert_source = options.xsbert_source.absolute()
     return found
+
+
+def _is_cuda(options: argparse.Namespace) -> bool:
+    return bool(options.device.startswith("cuda"))
 
 
 def _brief(row: dict[str, Any]) -> str:

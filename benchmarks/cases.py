@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from published import VARIANTS
+
 DEMO_A = "The dog runs after the kitten in the yard."
 DEMO_B = "Outside in the garden the cat is chased by the dog."
-PUBLISHED = ("published, loop", "published, batched")
 RETRIVEX_NODES = 250  # its default
 QUERY_TOKENS = 10
 TIGHT = 1e-5
@@ -73,6 +74,7 @@ class Plan:
         all_layers: For each model label the layers of section "layers".
         layer_pairs: Bundled pairs at each of them.
         dtypes: What section "precision" compares with float32.
+        variants: Of the published procedure.
         chunk: Cotangents in one batched reverse pass.
         environments: Names of the peers that have an environment.
         peer_defaults: Whether peers also run with their own default number of nodes.
@@ -93,17 +95,23 @@ class Plan:
     all_layers: dict[str, list[int]] = field(default_factory=dict)
     layer_pairs: int = 5
     dtypes: tuple[str, ...] = ("bfloat16", "float64")
+    variants: tuple[str, ...] = VARIANTS
     chunk: int = 16
     environments: tuple[str, ...] = ()
     peer_defaults: bool = True
 
+    @property
+    def published(self) -> list[str]:
+        """Methods of the published procedure."""
+        return [f"published, {variant}" for variant in self.variants]
+
 
 def published(plan: Plan) -> list[Case]:
-    """The published procedure in both variants, xsiam at several tolerances and at its error."""
+    """The published procedure, xsiam at several tolerances and at its error."""
     cases = []
     for model, layer in _held_layers(plan):
         tight = _adaptive("published", model, layer, TIGHT, plan.repeats)
-        own = [_published("published", model, layer, plan, method) for method in PUBLISHED]
+        own = [_published("published", model, layer, plan, method) for method in plan.published]
         for case in own:
             case.settings["compare_with"] = tight.key
         cases += own
@@ -155,7 +163,7 @@ def peers(plan: Plan) -> list[Case]:
         if found:
             cases.append(tight)
         if "xsbert" in plan.environments and layer == plan.layers[model][0]:
-            compared = _published("published", model, layer, plan, PUBLISHED[0]).key
+            compared = _published("published", model, layer, plan, plan.published[0]).key
             settings = {"n_nodes": plan.nodes, "compare_with": compared}
             cases.append(
                 Case("peers", model, layer, "xsbert", f"N = {plan.nodes}", settings, alone=True)
@@ -212,7 +220,9 @@ def length(plan: Plan) -> list[Case]:
     for tokens in plan.published_lengths:
         settings = {"texts": _words(tokens), "n_nodes": plan.nodes, "chunk": plan.chunk}
         title = f"{tokens} tokens, N = {plan.nodes}"
-        cases += [Case("length", model, layer, name, title, dict(settings)) for name in PUBLISHED]
+        cases += [
+            Case("length", model, layer, name, title, dict(settings)) for name in plan.published
+        ]
     return cases
 
 

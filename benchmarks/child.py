@@ -89,6 +89,8 @@ class Worker:
         meter = Meter(self.device)
         meter.baseline()
         encoder.score(*warm_up_pair())
+        if meter.cuda:  # its libraries set themselves up at first use
+            published_attribution(encoder, *warm_up_pair(), layer, 1, **options)
         meter.start()
         result = published_attribution(
             encoder, text_a, text_b, layer, settings["n_nodes"], **options
@@ -140,7 +142,7 @@ class Worker:
         attributor = make_attributor(self.encoder(case), case)
         flops = count_flops(lambda: attributor.attribute(texts_a, texts_b))
         attributor = make_attributor(self.encoder(case), case)
-        shares = time_by_kind(lambda: attributor.attribute(texts_a, texts_b))
+        shares = time_by_kind(lambda: attributor.attribute(texts_a, texts_b), self.device)
         return {"flops": flops, "peak_flops": matmul_peak(self.device), "time": shares}
 
 

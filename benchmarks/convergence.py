@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     both = zip(pairs.texts_a[: options.pairs], pairs.texts_b[: options.pairs], strict=True)
     texts = list(dict.fromkeys(text for pair in both for text in pair))
     encoder = SiameseEncoder.from_pretrained(
-        options.model, similarity="cos", shift=True, reference=options.reference
+        options.model,
+        similarity="cos",
+        shift=True,
+        reference=options.reference,
+        device=options.device,
     )
     layers = parse_layers(options.layers, encoder.n_layers)
     settings = {
@@ -69,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row | {"settings": settings, "pairs": options.pairs, "command": command})
             with (options.output / "rows.jsonl").open("a", encoding="utf-8") as file:
                 print(json.dumps(rows[-1]), file=file, flush=True)
-            replace_text(options.output / "table.md", table(rows))
+            replace_text(options.output / "table.md", table(rows, options.device))
             print(
                 f"layer {layer}: {row['first'] + len(row['n_nodes'])} of {len(texts)}", flush=True
             )
-    replace_text(options.output / "table.md", table(rows))
+    replace_text(options.output / "table.md", table(rows, options.device))
     return 0
 
 
@@ -88,6 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--pairs", type=int, default=200, help="how many, from the start of the file (%(default)s)")
     add("--batch", type=int, default=40, help="texts of one call (%(default)s)")
     add("--tolerance", type=float, default=1e-3)
+    add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--reference", default="pad")
     add("--threads", type=int, help="of torch (its own choice)")
     return parser.parse_args(arguments)
@@ -164,9 +169,9 @@ def attribute(
         }
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], device: str) -> str:
     """Return the rows as Markdown: what was run, and one line for each layer."""
-    machine = facts("cpu", peak=False)
+    machine = facts(device, peak=False)
     commands = list(dict.fromkeys(row["command"] for row in rows))
     settings = rows[0]["settings"] if rows else {}
     lines = [

@@ -79,21 +79,29 @@ def count_flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def time_by_kind(call: Callable[[], Any]) -> dict[str, float]:
+def time_by_kind(call: Callable[[], Any], device: str = "cpu") -> dict[str, float]:
     """Return the shares of the operators' own time that ``call`` spends on each kind of them.
 
     Kinds are matrix products, copies (layouts, concatenations, conversions) and all else, which is
     mostly element-wise work. Time between operators, Python's, is the rest of a call and in none.
+    On a CUDA device it is the device's time that counts.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    cuda = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
+    with torch.profiler.profile(activities=activities) as profiler:
         start = time.perf_counter()
         call()
+        synchronize(device)
         seconds = time.perf_counter() - start
     totals = dict.fromkeys((*_KINDS, "elementwise"), 0.0)
     for event in profiler.key_averages():
+        if cuda and event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # kernels: the operators that launched them have their time already
         name = event.key.rpartition("::")[2].rstrip("_")
         kind = next((kind for kind, names in _KINDS.items() if name in names), "elementwise")
-        totals[kind] += event.self_cpu_time_total / 1e6 / seconds
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        totals[kind] += own / 1e6 / seconds
     return totals
 
 

@@ -224,7 +224,8 @@ def train_theirs(config: TrainConfig) -> SiameseEncoder:
 def measure(encoder: SiameseEncoder, options: argparse.Namespace) -> Row:
     """Return correlations on all test pairs, and nodes on the first ones."""
     pairs: PairDataset = load_pairs(options.test)
-    scores, labels = encoder.score(pairs.texts_a, pairs.texts_b), torch.tensor(pairs.labels)
+    scores = encoder.score(pairs.texts_a, pairs.texts_b).cpu()
+    labels = torch.tensor(pairs.labels)
     row: Row = {
         "test_spearman": float(spearman(scores, labels)),
         "test_pearson": float(pearson(scores, labels)),

@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     data = load_pairs(options.data, label_range=options.label_range)
-    plain = SiameseEncoder.from_pretrained(options.model, similarity="cos", shift=False)
+    options.lengths = parse_lengths(options.lengths)
+    plain = SiameseEncoder.from_pretrained(
+        options.model, similarity="cos", shift=False, device=options.device
+    )
     layers = parse_layers(options.layers, plain.n_layers)
     store = Store(options, plain)
     texts = [t for pair in zip(data.texts_a, data.texts_b, strict=True) for t in pair]
@@ -86,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             if options.tuned is not None and layer not in tuned:
                 tuned[layer] = attribute(
-                    SiameseEncoder.from_pretrained(options.tuned), layer, data, options
+                    SiameseEncoder.from_pretrained(options.tuned, device=options.device),
+                    *(layer, data, options),
                 )[0]
             row, results = pair_row(plain, reference, layer, data, options, tuned.get(layer))
             if layer not in truths and options.faithfulness:
@@ -113,11 +117,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--layers", default="5-0", help='such as "11-9" or "5,3,0" (%(default)s)')
     add("--pairs", type=int, default=50, help="pairs to attribute (%(default)s)")
     add("--tolerance", type=float, default=1e-3)
+    add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--tuned", help="checkpoint of an exact model, fine-tuned from the same one")
     add("--fit-texts", type=Path, help="unlabelled texts of fitted-texts, one a line")
+    add("--lengths", help='that neutral is solved for beside those of the pairs, such as "4-64"')
     add("--no-faithfulness", dest="faithfulness", action="store_false")
     add("--label-range", type=float, nargs=2, help="of the file, where it is not 0 to 1")
     return parser.parse_args(arguments)
+
+
+def parse_lengths(text: str | None) -> range:
+    """Return the lengths that "4-64" names."""
+    try:
+        first, last = map(int, (text or "1-0").split("-"))
+    except ValueError:
+        raise SystemExit(f'Expected --lengths such as "4-64", but got {text!r}.') from None
+    return range(first, last + 1)
 
 
 class Store:
@@ -187,8 +202,8 @@ def score_row(
     exact = SiameseEncoder(plain.model, similarity="cos", shift=True, reference=reference)
     texts = [t for pair in zip(data.texts_a, data.texts_b, strict=True) for t in pair]
     shifted = exact.encode(texts, batch_size=64)
-    before = plain.similarity_of(embeddings[::2], embeddings[1::2])
-    after = exact.similarity_of(shifted[::2], shifted[1::2])
+    before = plain.similarity_of(embeddings[::2], embeddings[1::2]).cpu()
+    after = exact.similarity_of(shifted[::2], shifted[1::2]).cpu()
     labels = torch.tensor(data.labels)
     row: Row = {
         "spearman_unmodified": float(spearman(before, labels)),
@@ -225,9 +240,14 @@ def attribute(
     n = options.pairs
     texts_a, texts_b = data.texts_a[:n], data.texts_b[:n]
     if encoder.reference.is_layered:  # solved once for each length, and kept: not timed here
-        features = {encoder.preprocess([t])["input_ids"].shape[1]: t for t in [*texts_a, *texts_b]}
-        solving = PairAttributor(encoder, layer, tolerance=options.tolerance)
-        solving.token_vectors(list(features.values()))
+        n_special = encoder.tokenizer.num_special_tokens_to_add()
+        others = [" ".join(["dog"] * (length - n_special)) for length in options.lengths]
+        batch = [features_to(encoder.preprocess([t]), encoder.device) for t in others]
+        batch += [
+            features_to(encoder.preprocess([t]), encoder.device) for t in (*texts_a, *texts_b)
+        ]
+        with torch.no_grad():
+            encoder.reference.make_ready(encoder.split, layer, batch)
     attributor = PairAttributor(encoder, layer, tolerance=options.tolerance)
     attributor.token_vectors([_WARM_UP])
     start = time.perf_counter()
@@ -314,12 +334,13 @@ def table(
     """Return everything that is there as Markdown."""
     asked = options.references.split(",")
     names = [n for n in asked if store.read(n, "scores") is not None]
+    machine = facts(options.device, peak=False)
     lines = [
         "# References",
         "",
         f"    {shlex.join(['python', 'benchmarks/references.py', *arguments])}",
         "",
-        *(f"* {k}: {v}" for k, v in {**store.settings, **facts("cpu", peak=False)}.items()),
+        *(f"* {key}: {value}" for key, value in {**store.settings, **machine}.items()),
         "",
         "## Scores of the exact model without training, all pairs",
         "",
@@ -339,12 +360,13 @@ def table(
         "",
         f"## Attributions of the unmodified model, {options.pairs} pairs",
         "",
-        "Main effects and intercept are sums of a pair, median of their absolute values.",
+        "Main effects, intercept and the miss of the sum are those of a pair, medians of absolute "
+        "values; of the miss the largest too.",
         "",
         "| layer | reference | nodes: median | max | converged | largest completeness error "
         "| s per pair | main effects | intercept | \\|sum of pairs − score\\| "
-        "| agreement with the tuned model |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| largest | agreement with the tuned model |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for layer in layers:
         for name in asked:
@@ -420,7 +442,7 @@ def _pair_cells(row: Row) -> str:
         f"| {np.median(row['nodes']):.0f} | {max(row['nodes'])} | {np.mean(row['converged']):.1%} "
         f"| {max(row['completeness_error']):.1e} | {row['seconds_per_pair']:.3g} "
         f"| {np.median(np.abs(row['main_effects'])):.3f} "
-        f"| {np.median(np.abs(row['intercept'])):.3f} | {np.median(off):.3f} "
+        f"| {np.median(np.abs(row['intercept'])):.3f} | {np.median(off):.3f} | {off.max():.1e} "
         f"| {_interval(row.get('agreement'))} |"
     )
 

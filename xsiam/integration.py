@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xsiam.nodes import (
     candidates,
+    choice_cost,
     embed_missing_ends,
     error_on,
     fitted_curve,
@@ -114,9 +115,10 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
     Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
     where. How much a rule errs differs from text to text: the chance that a text misses the
     tolerance follows from its errors on ours and their usual spread. What misses is sampled at the
-    nodes of that rule and of its own, and evaluated at its own. The rule is taken that costs the
-    fewest nodes with all that. Where a text of ours has no rule of its own, or its path takes too
-    many nodes for one, it is the plain one.
+    nodes of that rule and of its own, and evaluated at its own, after choosing, which takes time
+    where evaluating takes little. The rule is taken that costs the fewest nodes with all that.
+    Where a text of ours has no rule of its own, or its path takes too many nodes for one, it is the
+    plain one.
     """
     probed, rules = [], []
     budget = min(max_nodes, _MOST_PROBED)
@@ -130,18 +132,19 @@ def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) ->
             curve, limit = fitted_curve(text, text.root), tolerance * text.scale
             if curve is None or text.worst_panels():
                 return plain
-            found = list(_within(limit, candidates(curve, max_nodes)))
+            large = choice_cost(group) > 0
+            found = list(_within(limit, candidates(curve, max_nodes, large=large)))
             own = [rule.n_nodes for rule, error in found if error <= _OWN_SHARE * limit]
             if not own:
                 return plain
             rules += [rule for rule, _ in found]
-            probed.append((curve, limit, own[0], sample_cost(group)))
+            probed.append((curve, limit, own[0], sample_cost(group), choice_cost(group)))
 
     def cost(rule: Rule) -> float:
         again = [
             _chance_of_missing(error_on(curve, rule) / limit)
-            * (n_nodes + share * (rule.n_nodes + n_nodes))
-            for curve, limit, n_nodes, share in probed
+            * (n_nodes + share * (rule.n_nodes + n_nodes) + choice)
+            for curve, limit, n_nodes, share, choice in probed
         ]
         return rule.n_nodes + fmean(again)
 
@@ -170,7 +173,7 @@ def integrate_adaptive(
         PathPanels(i, tolerance, max_nodes, [panel], is_rounded=rounded)
         for i, panel in enumerate(whole)
     ]
-    if first is None or first.n_nodes > max_nodes or sample_cost(group) < _WORTH_A_TRY:
+    if first is None or first.n_nodes > max_nodes or not _is_worth_a_try(group, first):
         plan(group, texts, deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):
@@ -313,6 +316,13 @@ def rounding_of(group: PathGroup, rule: Rule) -> float:
     moved = torch.maximum(difference.norm(dim=0).max(), difference.sum(1).norm())
     delta = group.end_embeddings[0] - group.start_embeddings[0]
     return float(moved) / scale_of(delta, group.start_embeddings[0])
+
+
+def _is_worth_a_try(group: PathGroup, first: Rule) -> bool:
+    """Whether to evaluate a first rule at once: its samples cost much, or choosing another does."""
+    if choice_cost(group):
+        return first is not gauss(FIRST_ORDER)  # the plain one does for few
+    return sample_cost(group) >= _WORTH_A_TRY
 
 
 def _within(limit: float, rules: Iterable[tuple[Rule, float]]) -> Iterator[tuple[Rule, float]]:

@@ -11,6 +11,7 @@ such rules miss is the panel bisected.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +26,11 @@ from xsiam.rational import RationalCurve, rational_curve
 Trial = tuple[PathPanels, Panel, Rule]
 
 _ORDERS = (*range(2, 19), 20, 22, 24)
+# More nodes than bisection would take are worth it where choosing takes longer than evaluating.
+_LARGE_ORDERS = (28, 32, 40, 48, 56, 64)
+# Choosing rules for a text, which the processor does, takes an accelerator as long as evaluating
+# about so many of its nodes (measured on an H200 with all-MiniLM-L6-v2 at layer 0).
+_CHOICE_IN_NODES = 200
 # The curve's prediction must lie this far below what is allowed before a rule is measured.
 _PREDICTION_SHARE = 0.7
 # The curve need not follow samples closer than this share of what is allowed.
@@ -85,14 +91,18 @@ def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
     return rational_curve(points, samples, panel.increment().numpy(), misfit)
 
 
-def candidates(curve: RationalCurve, most: int) -> Iterator[tuple[Rule, float]]:
+def candidates(
+    curve: RationalCurve, most: int, *, large: bool = False
+) -> Iterator[tuple[Rule, float]]:
     """Yield rules of ever more nodes, up to ``most``, that suit a curve, and their errors on it.
 
-    Of each number of nodes these are Gauss-Legendre as it is, and with the best peak.
+    Of each number of nodes these are Gauss-Legendre as it is, and with the best peak; ``large``
+    adds numbers of nodes beyond which bisection is usually cheaper.
     """
     exact = curve.integral()
     centres, widths = _peaks(curve, exact)
-    for order in (order for order in _ORDERS if order <= most):
+    orders = (*_ORDERS, *_LARGE_ORDERS) if large else _ORDERS
+    for order in (order for order in orders if order <= most):
         plain = gauss(order)
         yield plain, error_on(curve, plain)
         errors = _errors(curve, exact, *_mapped(order, centres, widths))
@@ -109,6 +119,11 @@ def error_on(curve: RationalCurve, rule: Rule) -> float:
 def sample_cost(group: PathGroup) -> float:
     """Return what measuring a node costs, as a share of what evaluating all its tokens does."""
     return min(1.0, _TANGENTS_PER_SAMPLE / group.length)
+
+
+def choice_cost(group: PathGroup) -> int:
+    """Return the nodes of a text that take as long as choosing rules for it: 0 on processors."""
+    return 0 if group.start.device.type == "cpu" else _CHOICE_IN_NODES
 
 
 def is_over(deadline: float | None) -> bool:
@@ -168,7 +183,7 @@ def _next_trials(group: PathGroup, texts: Sequence[PathPanels]) -> list[Trial]:
         if worst := text.worst_panels():
             trials += [trial for panel in worst for trial in _better(text, panel)]
         else:
-            cost = sample_cost(group)
+            cost = math.inf if choice_cost(group) else sample_cost(group)
             trials += _merged(text, cost) or [
                 trial for panel in text.panels for trial in _cheaper(text, panel, cost)
             ]
@@ -200,7 +215,7 @@ def _cheaper(text: PathPanels, panel: Panel, cost: float) -> list[Trial]:
     panel.is_thrifty = True
     n_nodes = panel.rule.n_nodes
     most = min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost)))
-    rule = proposed_rule(text, panel, most)
+    rule = None if most < _ORDERS[0] else proposed_rule(text, panel, most)
     return [] if rule is None else [(text, panel, rule)]
 
 
@@ -210,7 +225,8 @@ def _merged(text: PathPanels, cost: float) -> list[Trial]:
         return []
     text.is_merged = True
     n_nodes = sum(panel.rule.n_nodes for panel in text.panels)
-    rule = proposed_rule(text, text.root, min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost))))
+    most = min(n_nodes - _LEAST_SAVED, int(n_nodes / (1 + cost)))
+    rule = None if most < _ORDERS[0] else proposed_rule(text, text.root, most)
     return [] if rule is None else [(text, text.whole_again(), rule)]
 
 

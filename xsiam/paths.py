@@ -70,9 +70,9 @@ class PathGroup:
         """Return the embeddings at (text, α) pairs, [n, K] float64 on the CPU."""
 
         def evaluate(part: slice, _: int) -> Tensor:
-            return self.at(rows[part], alphas[part]).embedding.cpu().double()
+            return _exact(self.at(rows[part], alphas[part]).embedding)
 
-        return torch.cat([result for _, result in self._in_parts(len(rows), 1, evaluate)])
+        return torch.cat([result for _, result in self._in_parts(len(rows), 1, evaluate)]).cpu()
 
     def totals(self, rows: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings and total derivatives at (text, α) pairs, each [n, K] float64."""
@@ -81,10 +81,10 @@ class PathGroup:
             embedding, derivative = self.at(rows[part], alphas[part]).total(
                 self.direction[rows[part]]
             )
-            return embedding.cpu().double(), derivative.cpu().double()
+            return _exact(embedding), _exact(derivative)
 
         parts = [result for _, result in self._in_parts(len(rows), 1, evaluate)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu()
 
     def token_sums(
         self,
@@ -117,12 +117,13 @@ class PathGroup:
         for part, values in self._in_parts(len(rows), n_vectors, evaluate, self.reverse):
             if sums is None:
                 shape = (len(weights), int(panels.max()) + 1, *values.shape[1:])
-                sums = torch.zeros(shape, dtype=torch.float64)
-            for number, weight in enumerate(weights[:, part]):
-                sums[number].index_add_(0, panels[part], values * weight[:, None, None])
+                sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
+            numbers = panels[part].to(values.device)
+            for number, weight in enumerate(weights[:, part].to(values.device)):
+                sums[number].index_add_(0, numbers, values * weight[:, None, None])
             totals.append(values.sum(2))
         assert sums is not None
-        return sums, torch.cat(totals)
+        return sums.cpu(), torch.cat(totals).cpu()
 
     def pulled_sums(
         self, rows: Tensor, alphas: Tensor, weights: Tensor, cotangents: Tensor
@@ -162,7 +163,7 @@ class PathGroup:
         return self.lineariser(features, points)
 
     def _derivatives(self, rows: Tensor, alphas: Tensor, at_once: int, rounded: bool) -> Tensor:
-        """Return the token derivatives at some nodes, [n, K, S] float64 on the CPU."""
+        """Return the token derivatives at some nodes, [n, K, S] float64."""
         linearised, direction = self.at(rows, alphas), self.direction[rows]
         parts = []
         with rounded_products() if rounded else nullcontext():
@@ -170,12 +171,12 @@ class PathGroup:
                 every = torch.arange(self.length, device=self.start.device)
                 for tokens in torch.split(every, at_once):
                     pushed = linearised.push_tokens(direction, tokens)
-                    parts.append(pushed.transpose(1, 2).cpu().double())
+                    parts.append(_exact(pushed.transpose(1, 2)))
                 return torch.cat(parts, dim=2)
             n_dimensions = self.start_embeddings.shape[1]
             unit = torch.eye(n_dimensions, dtype=self.start.dtype, device=self.start.device)
             for some in torch.split(unit.expand(len(direction), -1, -1), at_once, dim=1):
-                parts.append(linearised.pull_tokens(some, direction).cpu().double())
+                parts.append(_exact(linearised.pull_tokens(some, direction)))
             return torch.cat(parts, dim=1)
 
     def _in_parts(
@@ -223,3 +224,8 @@ class PathGroup:
         )
         numbers = self.lineariser.floats_per_point(self.length) + n_vectors * per_vector
         return n_points * self.start.element_size() * numbers
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return float64, on the CPU where the device has no such numbers."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
