@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 0)) or _cores())
     add("--timeout", type=float, default=3600.0, help="seconds for one case")
     add("--nodes", type=int, help="N of the published procedure (50)")
+    add("--tolerances", type=float, nargs="*", help="of the adaptive runs (1e-2 to 1e-5)")
     add("--variants", default=",".join(VARIANTS), help="of the published procedure: %(default)s")
     add("--minilm", default="all-MiniLM-L6-v2", help="name or folder of all-MiniLM-L6-v2")
     add("--mpnet", help="name or folder of all-mpnet-base-v2; left out where not given")
@@ -235,6 +236,8 @@ def make_plan(options: argparse.Namespace, depth: dict[str, int], peers: tuple[s
         )
     if _is_cuda(options):
         plan = dataclasses.replace(plan, batch=8 * plan.batch, layer_pairs=20 * plan.layer_pairs)
+    if options.tolerances is not None:
+        plan = dataclasses.replace(plan, tolerances=tuple(options.tolerances))
     if options.nodes is not None:
         plan = dataclasses.replace(plan, nodes=options.nodes)
     return plan

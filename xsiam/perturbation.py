@@ -162,7 +162,7 @@ def interactions(
     places_a, places_b = own_places(result)
     a = embed_without(encoder, result.text_a, [[], *([i] for i in places_a)], absence, roles[0])
     b = embed_without(encoder, result.text_b, [[], *([j] for j in places_b)], absence, roles[1])
-    scores = score_matrix(encoder, a, b)
+    scores = score_matrix(encoder, a, b).cpu()  # where the matrices of attributions are
     return scores[:1, :1] - scores[1:, :1] - scores[:1, 1:] + scores[1:, 1:]
 
 
