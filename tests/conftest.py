@@ -16,3 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # else processes contend for the cores
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep solved references out of the user's own cache."""
     os.environ["XSIAM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; the default options leave it out anyway."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

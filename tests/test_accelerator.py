@@ -27,10 +27,7 @@ from xsiam.references import NeutralReference, neutral
 from xsiam.windows import WindowedAttributor
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = pytest.mark.gpu
 # Entries relative to the largest: kernels of both machines differ by rounding only.
 FLOAT64, FLOAT32, FLOAT32_INSIDE = 1e-10, 2e-4, 2e-3
 FORCED = tuple(mode for mode in MODES if mode != "auto")

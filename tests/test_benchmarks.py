@@ -288,6 +288,30 @@ def test_no_rows_no_picture(tmp_path: Path) -> None:
     assert pictures.draw(begun(tmp_path), tmp_path / "x.png") is False
 
 
+def test_where_memory_is_the_devices_cases_share_two_processes() -> None:
+    """Those that wait for others' errors come last; a peer has its own interpreter."""
+    found = list(attribution.groups(all_cases(), together=True))
+    assert sum(map(len, found)) == len(all_cases())
+    waiting = ["tolerance_from" in group[0].settings for group in found]
+    assert waiting == sorted(waiting)
+    for group in found:
+        assert len({case.method for case in group if case.method in peers.PEERS}) <= 1
+        assert len({case.method in peers.PEERS for case in group}) == 1
+        assert len({"tolerance_from" in case.settings for case in group}) == 1
+    alone = list(attribution.groups(all_cases(), together=False))
+    assert all(len(group) == 1 for group in alone if group[0].alone)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("--variants=loop,both", "variants"), ("--sections=all", "sections")]
+)
+def test_what_the_benchmark_does_not_know_is_refused(
+    tmp_path: Path, option: str, reason: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"--{reason} among"):
+        attribution.main(["--output", str(tmp_path), option])
+
+
 def test_xsiam_must_not_exceed_the_error_that_it_is_held_against(tmp_path: Path) -> None:
     results = begun(tmp_path)
     loop, batched = cases.published(PLAN)[:2]

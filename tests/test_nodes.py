@@ -9,6 +9,7 @@ from models import TEXT_A, TEXT_B, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.integration import first_rule, integrate_adaptive
+from xsiam.panels import gauss
 from xsiam.quadrature import Rule, gauss_legendre, sinh_map, sinh_mapped
 from xsiam.rational import rational_curve
 
@@ -197,6 +198,31 @@ def test_paths_begin_with_room_for_texts_that_err_more_than_ours(tolerance: floa
     """A node more costs less than what misses, so that a rule just good enough is not taken."""
     rule = first_rule([Peaked(9)], tolerance, 4096)  # type: ignore[arg-type]
     assert peak_error(rule) <= tolerance / 3
+
+
+class OnAccelerator(Peaked):
+    """The same where evaluating takes less time than choosing rules."""
+
+    start = torch.zeros(1, 1, 2, dtype=torch.float64, device="meta")
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_accelerators_take_a_rule_that_hardly_any_text_misses(tolerance: float) -> None:
+    """It has more nodes, and texts of the usual length are evaluated at once, without samples."""
+    plain = first_rule([Peaked(40)], tolerance, 4096)  # type: ignore[arg-type]
+    rule = first_rule([OnAccelerator(40)], tolerance, 4096)  # type: ignore[arg-type]
+    assert rule.n_nodes >= plain.n_nodes
+    assert peak_error(rule) <= tolerance / 5
+    found = {}
+    for kind in (Peaked, OnAccelerator):
+        group = kind(40)
+        (result,) = integrate_adaptive(group, tolerance, 4096, first=rule)  # type: ignore[arg-type]
+        assert result.converged
+        found[kind] = group.n_sampled
+    assert found[Peaked] > found[OnAccelerator] == 0
+    group = OnAccelerator(40)
+    integrate_adaptive(group, tolerance, 4096, first=gauss(8))  # type: ignore[arg-type]
+    assert group.n_sampled > 0  # the plain rule is planned from: few paths do with it
 
 
 def test_what_a_first_rule_sampled_is_not_sampled_again() -> None:
