@@ -8,7 +8,8 @@ import torch
 from models import TEXT_A, TEXT_B, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
-from xsiam.integration import first_rule, integrate_adaptive
+from xsiam.first_rules import first_rule
+from xsiam.integration import integrate_adaptive
 from xsiam.panels import gauss
 from xsiam.quadrature import Rule, gauss_legendre, sinh_map, sinh_mapped
 from xsiam.rational import rational_curve
@@ -223,6 +224,55 @@ def test_accelerators_take_a_rule_that_hardly_any_text_misses(tolerance: float) 
     group = OnAccelerator(40)
     integrate_adaptive(group, tolerance, 4096, first=gauss(8))  # type: ignore[arg-type]
     assert group.n_sampled > 0  # the plain rule is planned from: few paths do with it
+
+
+class TwoTurns(OnAccelerator):
+    """Turns at two places, too sharp for one rule."""
+
+    width, centres = 0.004, (0.2, 0.7)
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.end_embeddings = torch.from_numpy(self.antiderivative(np.ones(1)))
+
+    def antiderivative(self, points: np.ndarray) -> np.ndarray:
+        turns = [
+            np.arctan((points - c) / self.width) - np.arctan(-c / self.width) for c in self.centres
+        ]
+        return np.stack([*turns, points], axis=1)
+
+    def derivative(self, points: np.ndarray) -> np.ndarray:
+        turns = [self.width / ((points - c) ** 2 + self.width**2) for c in self.centres]
+        return np.stack([*turns, np.ones_like(points)], axis=1)
+
+    def totals(self, rows, alphas):
+        self.n_sampled += len(alphas)
+        return None, torch.from_numpy(self.derivative(alphas.numpy()))
+
+    def embed(self, rows, alphas):
+        return torch.from_numpy(self.antiderivative(alphas.numpy()))
+
+    def token_sums(self, rows, alphas, weights, panels, rounded=False):
+        self.n_evaluated += len(alphas)
+        values = torch.from_numpy(self.derivative(alphas.numpy()))[..., None] * self.shares
+        one_hot = torch.nn.functional.one_hot(panels, int(panels.max()) + 1).double()
+        return torch.einsum("wn,np,nks->wpks", weights, one_hot, values), values.sum(2)
+
+
+def test_accelerators_take_panels_where_no_rule_does_for_a_whole_path() -> None:
+    rule = first_rule([TwoTurns(40)], 1e-4, 4096)  # type: ignore[arg-type]
+    plain = first_rule([TwoTurns(40)], 1e-4, 40)  # type: ignore[arg-type]  # no room for them
+    assert torch.equal(plain.nodes, gauss(8).nodes)
+    assert rule.n_nodes > 40
+    assert (rule.nodes.diff() > 0).all()
+    assert float(rule.weights.sum()) == pytest.approx(1, abs=1e-12)
+    group = TwoTurns(40)
+    (result,) = integrate_adaptive(group, 1e-4, 4096, first=rule)  # type: ignore[arg-type]
+    exact = group.end_embeddings[0, :, None] * group.shares
+    error = float((result.vectors - exact).norm(dim=0).max() / group.end_embeddings.norm())
+    assert result.converged
+    assert (result.n_nodes, group.n_sampled) == (rule.n_nodes, 0)
+    assert error <= 3 * result.token_error
 
 
 def test_what_a_first_rule_sampled_is_not_sampled_again() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xsiam.errors import InputError
-from xsiam.quadrature import FIXED_RULES, Rule, fixed_rule
+from xsiam.quadrature import FIXED_RULES, Rule, fixed_rule, gauss_legendre, panelled
 
 EXACT = 1e-14  # worst measured 8e-17
 DEGREES = {"riemann": 0, "midpoint": 1, "gauss_legendre": 9}  # for five nodes
@@ -70,3 +70,17 @@ def test_bad_rules_name_the_value_and_the_key() -> None:
     for n_nodes in (0, -3, None, 2.5, True):
         with pytest.raises(InputError, match=rf"got {n_nodes}. Set `attribution.n_nodes`"):
             fixed_rule("riemann", n_nodes)  # type: ignore[arg-type]
+
+
+def test_rules_on_parts_are_exact_for_what_each_is_exact_for() -> None:
+    rule = panelled([0.0, 0.25, 1.0], [gauss_legendre(3), gauss_legendre(5)])
+    assert rule.n_nodes == 8
+    for degree in range(6):
+        assert float(rule.weights @ rule.nodes**degree) == pytest.approx(
+            1 / (degree + 1), abs=1e-14
+        )
+    broken = torch.where(rule.nodes < 0.25, 4 * rule.nodes, 3.0)  # not smooth at the edge
+    assert float(rule.weights @ broken) == pytest.approx(0.125 + 2.25, abs=1e-14)
+    assert rule.embedded_weights is not None
+    assert float(rule.embedded_weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert panelled([0.0, 0.5, 1.0], [gauss_legendre(1)] * 2).embedded_weights is None

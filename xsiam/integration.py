@@ -10,25 +10,21 @@ factors, which is counted as noise; a text that is not accepted so is integrated
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
 
 import torch
 from torch import Tensor
 
 from xsiam.nodes import (
-    candidates,
     choice_cost,
     embed_missing_ends,
-    error_on,
-    fitted_curve,
     flatten,
     is_over,
     keep_samples,
     plan,
     sample_cost,
+    whole_panel,
 )
 from xsiam.panels import (
     FIRST_ORDER,
@@ -42,20 +38,9 @@ from xsiam.panels import (
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 
-# Noise is what rounding was measured to move an embedding by, and at least so many units in the
-# last place of its norm.
-_NOISE_UNITS = 1.0
 # Where measuring a rule costs at least this share of evaluating it, the first one is evaluated at
 # once: it does for most texts.
 _WORTH_A_TRY = 0.15
-# How the logarithm of a rule's error spreads over texts.
-_SPREAD = NormalDist(sigma=1.0)
-# A rule that errs by less than this share of the tolerance on xsiam's own texts misses none.
-_LEAST_SHARE = 0.02
-# A text that misses the first rule is planned to this share of the tolerance.
-_OWN_SHARE = 0.5
-# A path of ours that takes more nodes than this is left, and there is no rule of its kind to try.
-_MOST_PROBED = 64
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
 # vectors, which can be larger, is measured too: with this margin, at one node for so many that were
 # evaluated, but a few at least.
@@ -98,7 +83,8 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     stacked = torch.stack([rule.weights, weights]).repeat(1, group.size)
     sums, _ = group.token_sums(rows, rule.nodes.repeat(group.size), stacked, rows)
     texts = [
-        PathPanels(i, tolerance, rule.n_nodes, [_whole(group, i, rule)]) for i in range(group.size)
+        PathPanels(i, tolerance, rule.n_nodes, [whole_panel(group, i, rule)])
+        for i in range(group.size)
     ]
     for text in texts:
         text.root.accept(sums[0, text.row], sums[1, text.row], text.scale)
@@ -107,48 +93,6 @@ def integrate_fixed(group: PathGroup, rule: Rule, tolerance: float) -> list[Inte
     if is_estimated:
         _measure_noise(group, texts)
     return [_assemble(text, is_estimated) for text in texts]
-
-
-def first_rule(groups: Sequence[PathGroup], tolerance: float, max_nodes: int) -> Rule:
-    """Return the nodes to begin with, from the paths of some groups.
-
-    Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
-    where. How much a rule errs differs from text to text: the chance that a text misses the
-    tolerance follows from its errors on ours and their usual spread. What misses is sampled at the
-    nodes of that rule and of its own, and evaluated at its own, after choosing, which takes time
-    where evaluating takes little. The rule is taken that costs the fewest nodes with all that.
-    Where a text of ours has no rule of its own, or its path takes too many nodes for one, it is the
-    plain one.
-    """
-    probed, rules = [], []
-    budget = min(max_nodes, _MOST_PROBED)
-    for group in groups:
-        plain = gauss(FIRST_ORDER)
-        texts = [
-            PathPanels(i, tolerance, budget, [_whole(group, i, plain)]) for i in range(group.size)
-        ]
-        plan(group, texts, None)
-        for text in texts:
-            curve, limit = fitted_curve(text, text.root), tolerance * text.scale
-            if curve is None or text.worst_panels():
-                return plain
-            large = choice_cost(group) > 0
-            found = list(_within(limit, candidates(curve, max_nodes, large=large)))
-            own = [rule.n_nodes for rule, error in found if error <= _OWN_SHARE * limit]
-            if not own:
-                return plain
-            rules += [rule for rule, _ in found]
-            probed.append((curve, limit, own[0], sample_cost(group), choice_cost(group)))
-
-    def cost(rule: Rule) -> float:
-        again = [
-            _chance_of_missing(error_on(curve, rule) / limit)
-            * (n_nodes + share * (rule.n_nodes + n_nodes) + choice)
-            for curve, limit, n_nodes, share, choice in probed
-        ]
-        return rule.n_nodes + fmean(again)
-
-    return min(rules, key=cost)
 
 
 def integrate_adaptive(
@@ -165,10 +109,10 @@ def integrate_adaptive(
         tolerance: Bound on both the completeness error and the estimated token error.
         max_nodes: Most nodes per text at which token derivatives are evaluated.
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
-        first: The rule that is tried first, as by :func:`first_rule`.
+        first: The rule that is tried first, as by :func:`xsiam.first_rules.first_rule`.
     """
     rounded, rule = group.rounding is not None, first or gauss(FIRST_ORDER)
-    whole = [_whole(group, i, rule, rounded=rounded) for i in range(group.size)]
+    whole = [whole_panel(group, i, rule, rounded=rounded) for i in range(group.size)]
     texts = [
         PathPanels(i, tolerance, max_nodes, [panel], is_rounded=rounded)
         for i, panel in enumerate(whole)
@@ -237,7 +181,7 @@ def integrate_pulled(
         first: Likewise.
     """
     text = PathPanels(
-        0, tolerance, max_nodes, [_whole(group, 0, rule or first or gauss(FIRST_ORDER))]
+        0, tolerance, max_nodes, [whole_panel(group, 0, rule or first or gauss(FIRST_ORDER))]
     )
     start, delta = group.start_embeddings[0], text.root.increment()
     if rule is None:
@@ -325,37 +269,9 @@ def _is_worth_a_try(group: PathGroup, first: Rule) -> bool:
     return sample_cost(group) >= _WORTH_A_TRY
 
 
-def _within(limit: float, rules: Iterable[tuple[Rule, float]]) -> Iterator[tuple[Rule, float]]:
-    """Yield rules that err by no more than the limit, up to the first that errs by far less."""
-    for rule, error in rules:
-        if error <= limit:
-            yield rule, error
-        if error <= _LEAST_SHARE * limit:
-            return
-
-
-def _chance_of_missing(error: float) -> float:
-    """Return how often a rule misses a limit that it errs by ``error`` times of on a text of ours.
-
-    Errors on other texts are taken to be as large on average, and log-normally distributed (ours).
-    """
-    return _SPREAD.cdf(math.log(error)) if error > 0 else 0.0
-
-
-def _whole(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False) -> Panel:
-    """Return the panel [0, 1] of a path."""
-    start, end = group.start_embeddings[row], group.end_embeddings[row]
-    norm = float(torch.maximum(start.norm(), end.norm()))
-    units = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
-    noise = max(units, float(group.noise[row]))
-    if rounded and group.rounding is not None:
-        noise += group.rounding * scale_of(end - start, start)
-    return Panel(0.0, 1.0, start, end, noise, rule)
-
-
 def _begin_again(group: PathGroup, text: PathPanels, rule: Rule) -> None:
     """Forget what was evaluated, and round no factors any more."""
-    text.begin(_whole(group, text.row, rule))
+    text.begin(whole_panel(group, text.row, rule))
     text.is_rounded = False
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError
 from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
+from xsiam.first_rules import first_rule
 from xsiam.integration import (
     Integrated,
     Pulled,
     Summed,
-    first_rule,
     integrate_adaptive,
     integrate_fixed,
     integrate_pulled,

@@ -18,13 +18,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from xsiam.panels import FIRST_ORDER, MAX_TRIALS, Panel, PathPanels, gauss
+from xsiam.panels import FIRST_ORDER, MAX_TRIALS, Panel, PathPanels, gauss, scale_of
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Array, Rule, sinh_map, sinh_mapped
 from xsiam.rational import RationalCurve, rational_curve
 
 Trial = tuple[PathPanels, Panel, Rule]
 
+# Noise is what rounding was measured to move an embedding by, and at least so many units in the
+# last place of its norm.
+_NOISE_UNITS = 1.0
 _ORDERS = (*range(2, 19), 20, 22, 24)
 # More nodes than bisection would take are worth it where choosing takes longer than evaluating.
 _LARGE_ORDERS = (28, 32, 40, 48, 56, 64)
@@ -48,6 +51,24 @@ _SHIFTS, _FACTORS = (grid.ravel() for grid in np.meshgrid(np.linspace(-0.5, 0.5,
 _LARGEST_SHIFT = 0.1
 _TRIED_ORDERS = (6, 10, 14)
 _KEPT_COARSE, _KEPT_FINE = 3, 4
+
+
+def whole_panel(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False) -> Panel:
+    """Return the panel [0, 1] of a path.
+
+    Args:
+        group: The paths.
+        row: Which one.
+        rule: The nodes to begin with.
+        rounded: Whether products of its tangents round their factors, which counts as noise.
+    """
+    start, end = group.start_embeddings[row], group.end_embeddings[row]
+    norm = float(torch.maximum(start.norm(), end.norm()))
+    units = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
+    noise = max(units, float(group.noise[row]))
+    if rounded and group.rounding is not None:
+        noise += group.rounding * scale_of(end - start, start)
+    return Panel(0.0, 1.0, start, end, noise, rule)
 
 
 def plan(group: PathGroup, texts: Sequence[PathPanels], deadline: float | None) -> None:

@@ -6,7 +6,8 @@ nodes and weights are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +29,13 @@ class Rule:
         weights: [n] float64.
         embedded_weights: [n] float64, a rule of lower degree on the same nodes whose difference
             from ``weights`` estimates an error, or None.
+        peak: Where nodes crowd and how closely, the centre and width of :func:`sinh_map`, or None.
     """
 
     nodes: Tensor
     weights: Tensor
     embedded_weights: Tensor | None = None
+    peak: tuple[float, float] | None = None
 
     @property
     def n_nodes(self) -> int:
@@ -108,7 +111,23 @@ def sinh_mapped(rule: Rule, centre: float, width: float) -> Rule:
     nodes, slope = sinh_map(rule.nodes.numpy(), centre, width)
     factor = torch.from_numpy(slope)
     embedded = None if rule.embedded_weights is None else rule.embedded_weights * factor
-    return Rule(torch.from_numpy(nodes), rule.weights * factor, embedded)
+    return Rule(torch.from_numpy(nodes), rule.weights * factor, embedded, (centre, width))
+
+
+def panelled(edges: Sequence[float], rules: Sequence[Rule]) -> Rule:
+    """Return the rule that takes one of ``rules`` on each part of [0, 1] between ``edges``."""
+    widths = [right - left for left, right in itertools.pairwise(edges)]
+    parts = list(zip(edges, widths, rules, strict=False))
+    embedded = [
+        width * rule.embedded_weights
+        for _, width, rule in parts
+        if rule.embedded_weights is not None
+    ]
+    return Rule(
+        torch.cat([left + width * rule.nodes for left, width, rule in parts]),
+        torch.cat([width * rule.weights for _, width, rule in parts]),
+        torch.cat(embedded) if len(embedded) == len(parts) else None,
+    )
 
 
 def fixed_rule(name: str, n_nodes: int | None) -> Rule:
