@@ -379,7 +379,7 @@ def table(
         if any("faithfulness" in row for row in rows.values()):
             lines += ["", f"## Layer {layer}: faithfulness", "", *_faithfulness_table(rows)]
     if solved := [(layer, r) for layer in layers if (r := store.read("neutral", f"layer-{layer}"))]:
-        lines += ["", "## Neutral references, over lengths", "", *_solution_table(solved)]
+        lines += ["", "## Neutral references, over lengths", "", *solution_table(solved)]
     return "\n".join(lines) + "\n"
 
 
@@ -417,7 +417,7 @@ def _faithfulness_table(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def _solution_table(solved: Sequence[tuple[int, Row]]) -> list[str]:
+def solution_table(solved: Sequence[tuple[int, Row]]) -> list[str]:
     """Return how neutral references were found, one line for each layer."""
     lines = [
         "| layer | lengths | found | largest \\|e(r)\\| / \\|e\\| | distance: median | max "
