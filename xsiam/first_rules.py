@@ -131,9 +131,9 @@ def _panelled_rule(probes: Sequence[_Probe], max_nodes: int) -> Rule | None:
     best, least = None, math.inf
     for factor in _FACTORS:
         rule = panelled(edges, [_with_nodes(factor * n_nodes, peak) for n_nodes, peak in parts])
-        errors = [_measured_error(probe, rule) for probe in planned]
         if rule.n_nodes > max_nodes:
             break
+        errors = [_measured_error(probe, rule) for probe in planned]
         cost = rule.n_nodes + fmean(
             probe.cost_of_missing(rule, error) for probe, error in zip(planned, errors, strict=True)
         )
