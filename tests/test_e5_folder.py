@@ -19,8 +19,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import e5_folder  # noqa: E402
 
 WIDTH, INNER, HEADS, POSITIONS = 32, 64, 4, 16
-PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁dog", "▁cat", "s"]
-SCORES = [0.0, 0.0, 0.0, 0.0, -3.0, -1.0, -1.0, -2.0]
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁dog", "▁cat", "s", "<mask>"]
+SCORES = [0.0, 0.0, 0.0, 0.0, -3.0, -1.0, -1.0, -2.0, 0.0]
 
 
 def blocks(values: np.ndarray) -> tuple[bytes, np.ndarray]:
@@ -85,6 +85,7 @@ def test_the_folder_has_the_weights_and_tokens_of_the_wheel(tmp_path: Path) -> N
     }.items():
         assert torch.equal(weights[key], torch.from_numpy(tensors[name])), name
     assert model.tokenizer("dog  cats")["input_ids"] == [0, 5, 6, 7, 2]
+    assert model.tokenizer.mask_token_id == 8
     embedded = model.encode(["dog", "cat cat dog"])
     assert np.linalg.norm(embedded, axis=1) == pytest.approx(1, abs=1e-6)
 
