@@ -26,6 +26,7 @@ from convergence import parse_layers
 from machine import facts
 from references import parse_lengths, solution_table
 from results import replace_text
+from texts import text_of_length
 
 from xsiam import ConvergenceWarning, SiameseEncoder
 from xsiam.references import NeutralReference
@@ -80,8 +81,7 @@ def solve(
     encoder: SiameseEncoder, reference: NeutralReference, layer: int, lengths: range
 ) -> list[Row]:
     """Solve for all lengths at a layer and return the reports, by length."""
-    n_special = encoder.tokenizer.num_special_tokens_to_add()
-    texts = [" ".join(["dog"] * (length - n_special)) for length in lengths]
+    texts = [text_of_length(encoder, length, ("dog",)) for length in lengths]
     batch = [features_to(encoder.preprocess([text]), encoder.device) for text in texts]
     with torch.no_grad():
         reference.make_ready(encoder.split, layer, batch)

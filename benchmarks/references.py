@@ -38,6 +38,7 @@ from faithfulness import deletion
 from machine import facts
 from reference_pictures import draw, interval
 from results import replace_text
+from texts import text_of_length
 
 from xsiam import ConvergenceWarning, PairAttribution, PairAttributor, SiameseEncoder
 from xsiam.analysis.matrices import centred, correlation, own_entries
@@ -56,6 +57,7 @@ from xsiam.split import evaluation_mode, features_to
 
 Row = dict[str, Any]
 REFERENCES = ("pad", "uniform", "fitted", "neutral", "mask", "unk", "mean", "fitted-2")
+_ONE_WORD = ("dog",)  # of texts of which the length alone matters
 _LENGTHS = (3, 8, 20, 64, 128, 256)
 _WARM_UP = "A child throws a ball over the fence."
 _ANOTHER_SEED = 1
@@ -222,7 +224,7 @@ def shift_sizes(plain: SiameseEncoder, reference: AbstractReference) -> Row:
     shifts, sizes = [], []
     with torch.no_grad(), evaluation_mode(plain):
         for length in (n for n in _LENGTHS if n <= (plain.max_length or n)):
-            text = " ".join(["dog"] * (length - plain.tokenizer.num_special_tokens_to_add()))
+            text = text_of_length(plain, length, _ONE_WORD)
             features = features_to(plain.preprocess([text]), plain.device)
             shifts.append(reference.embedding(plain.split, features)[0].double())
             sizes.append(float(plain.split.embed(features).norm()))
@@ -240,12 +242,9 @@ def attribute(
     n = options.pairs
     texts_a, texts_b = data.texts_a[:n], data.texts_b[:n]
     if encoder.reference.is_layered:  # solved once for each length, and kept: not timed here
-        n_special = encoder.tokenizer.num_special_tokens_to_add()
-        others = [" ".join(["dog"] * (length - n_special)) for length in options.lengths]
-        batch = [features_to(encoder.preprocess([t]), encoder.device) for t in others]
-        batch += [
-            features_to(encoder.preprocess([t]), encoder.device) for t in (*texts_a, *texts_b)
-        ]
+        others = [text_of_length(encoder, length, _ONE_WORD) for length in options.lengths]
+        texts = (*others, *texts_a, *texts_b)
+        batch = [features_to(encoder.preprocess([text]), encoder.device) for text in texts]
         with torch.no_grad():
             encoder.reference.make_ready(encoder.split, layer, batch)
     attributor = PairAttributor(encoder, layer, tolerance=options.tolerance)
