@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 
 
 def draw(layers: Mapping[int, Mapping[str, Row]], file: Path) -> bool:
-    """Draw a line of panels for each layer that has rows; say whether there was one.
+    """Draw a line of panels, of what was measured, for each layer that has rows; say if one has.
 
     Args:
         layers: For each layer, the row of each reference.
@@ -26,13 +26,17 @@ def draw(layers: Mapping[int, Mapping[str, Row]], file: Path) -> bool:
     shown = {layer: rows for layer, rows in layers.items() if rows}
     if not shown:
         return False
+    every = [row for rows in shown.values() for row in rows.values()]
+    panels = [_sizes]
+    panels += [_agreement] if any("agreement" in row for row in every) else []
+    panels += [_faithfulness] if any("faithfulness" in row for row in every) else []
+    size = len(shown), len(panels)
     figure, axes = plt.subplots(
-        len(shown), 3, figsize=(15, 4 * len(shown)), squeeze=False, layout="constrained"
+        *size, figsize=(5 * size[1], 4 * size[0]), squeeze=False, layout="constrained"
     )
     for line, (layer, rows) in zip(axes, shown.items(), strict=True):
-        _sizes(line[0], layer, rows)
-        _agreement(line[1], layer, rows)
-        _faithfulness(line[2], layer, rows)
+        for axis, panel in zip(line, panels, strict=True):
+            panel(axis, layer, rows)
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return True
