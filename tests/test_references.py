@@ -208,11 +208,13 @@ def test_its_shift_makes_an_exact_model_without_training(similarity: str) -> Non
     norms = encoder.encode([TEXT_A, TEXT_B]).norm(dim=1)
     size = float(norms.prod()) if similarity == "dot" else 1.0
     for layer in (0, 2):
-        result = PairAttributor(encoder, layer, tolerance=1e-4).attribute(TEXT_A, TEXT_B)
+        result = PairAttributor(encoder, layer, tolerance=2e-5).attribute(TEXT_A, TEXT_B)
         assert result.converged
         assert abs(result.main_effects_a).max() == 0
         missing = (result.completeness_error_a + result.completeness_error_b) * size
-        assert float(result.matrix.sum()) == pytest.approx(result.score, abs=missing + 1e-6 * size)
+        difference = abs(float(result.matrix.sum()) - result.score)
+        assert difference <= missing + 1e-6 * size
+        assert difference <= 1e-4 * float(result.matrix.abs().sum())
         assert result.reference == encoder.reference.label
 
 
