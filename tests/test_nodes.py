@@ -8,11 +8,11 @@ import torch
 from models import TEXT_A, TEXT_B, tiny_model
 
 from xsiam import PairAttributor, SiameseEncoder
-from xsiam.first_rules import first_rule
+from xsiam.curves import Piece, PiecewiseCurve, rational_curve
+from xsiam.first_rules import FirstRules, first_rules
 from xsiam.integration import integrate_adaptive
 from xsiam.panels import gauss
 from xsiam.quadrature import Rule, gauss_legendre, sinh_map, sinh_mapped
-from xsiam.rational import rational_curve
 
 CENTRE, WIDTH = 0.37, 0.02
 
@@ -49,6 +49,26 @@ def test_a_rational_curve_follows_a_peak_that_polynomials_miss() -> None:
     assert np.linalg.norm(curve.integral()) == pytest.approx(wanted, rel=1e-4)
     polynomial = gauss_legendre(12).weights.numpy() @ peak(points)
     assert np.linalg.norm(polynomial - exact) > 0.1 * wanted
+
+
+def test_pieces_follow_a_curve_through_the_samples_of_their_rules() -> None:
+    """Plain on one part, in the variable of a mapped rule on the part that holds the peak."""
+    parts = [
+        (0.0, 0.25, gauss_legendre(16)),
+        (0.25, 0.5, sinh_mapped(gauss_legendre(40), 4 * (CENTRE - 0.25), 4 * WIDTH)),
+        (0.5, 1.0, gauss_legendre(20)),
+    ]
+    curve = PiecewiseCurve(
+        [
+            Piece(left, right, rule, peak(left + (right - left) * rule.nodes.numpy()))
+            for left, right, rule in parts
+        ]
+    )
+    points = np.array([0.0, 0.1, 0.25, 0.3, CENTRE, 0.44, 0.5, 0.8, 1.0])
+    assert np.allclose(curve(points), peak(points), rtol=1e-6, atol=1e-6)
+    assert curve.integral() == pytest.approx(peak_integral(), rel=1e-6)
+    at_nodes = 0.25 + 0.25 * parts[1][2].nodes.numpy()
+    assert np.allclose(curve(at_nodes), peak(at_nodes), rtol=1e-12)  # where it was sampled
 
 
 def test_a_constant_curve_needs_one_support_point() -> None:
@@ -188,7 +208,7 @@ def test_refinement_ends_where_rounding_hides_a_sharp_turn(
 
 def test_paths_begin_with_a_rule_that_does_for_the_peak_of_ours() -> None:
     groups = [Peaked(9), Peaked(9)]
-    rule = first_rule(groups, 1e-3, 4096)  # type: ignore[arg-type]
+    rule = first_rules(groups, 1e-3, 4096).of(9)  # type: ignore[arg-type]
     assert 8 < rule.n_nodes <= 24
     assert peak_error(rule) <= 1e-3
     assert all(group.n_sampled <= 200 and group.n_evaluated == 0 for group in groups)
@@ -197,8 +217,22 @@ def test_paths_begin_with_a_rule_that_does_for_the_peak_of_ours() -> None:
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
 def test_paths_begin_with_room_for_texts_that_err_more_than_ours(tolerance: float) -> None:
     """A node more costs less than what misses, so that a rule just good enough is not taken."""
-    rule = first_rule([Peaked(9)], tolerance, 4096)  # type: ignore[arg-type]
+    rule = first_rules([Peaked(9)], tolerance, 4096).of(9)  # type: ignore[arg-type]
     assert peak_error(rule) <= tolerance / 3
+
+
+def test_what_a_path_begins_with_depends_on_what_samples_cost() -> None:
+    """Samples of a short text cost much, so that it is not planned on its own; of a long one not.
+
+    With a tenth of the chance to miss, 48 nodes for everybody cost what 30 and 100 samples do.
+    """
+    many, few = gauss_legendre(48), gauss_legendre(20)
+    rules = FirstRules([(few, 1.0), (many, 0.1)], n_sampled=100, n_planned=30)
+    assert rules.of(8) is many
+    assert rules.of(512) is gauss(8)
+    cheap = FirstRules([(few, 0.01), (many, 0.0)], n_sampled=100, n_planned=30)
+    assert {cheap.of(length) for length in (4, 16, 64, 512)} == {few}
+    assert FirstRules().of(8) is gauss(8)
 
 
 class OnAccelerator(Peaked):
@@ -210,8 +244,8 @@ class OnAccelerator(Peaked):
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
 def test_accelerators_take_a_rule_that_hardly_any_text_misses(tolerance: float) -> None:
     """It has more nodes, and texts of the usual length are evaluated at once, without samples."""
-    plain = first_rule([Peaked(40)], tolerance, 4096)  # type: ignore[arg-type]
-    rule = first_rule([OnAccelerator(40)], tolerance, 4096)  # type: ignore[arg-type]
+    plain = first_rules([Peaked(40)], tolerance, 4096).of(40)  # type: ignore[arg-type]
+    rule = first_rules([OnAccelerator(40)], tolerance, 4096).of(40)  # type: ignore[arg-type]
     assert rule.n_nodes >= plain.n_nodes
     assert peak_error(rule) <= tolerance / 5
     found = {}
@@ -260,8 +294,8 @@ class TwoTurns(OnAccelerator):
 
 
 def test_accelerators_take_panels_where_no_rule_does_for_a_whole_path() -> None:
-    rule = first_rule([TwoTurns(40)], 1e-4, 4096)  # type: ignore[arg-type]
-    plain = first_rule([TwoTurns(40)], 1e-4, 40)  # type: ignore[arg-type]  # no room for them
+    rule = first_rules([TwoTurns(40)], 1e-4, 4096).of(40)  # type: ignore[arg-type]
+    plain = first_rules([TwoTurns(40)], 1e-4, 40).of(40)  # type: ignore[arg-type]  # no room
     assert torch.equal(plain.nodes, gauss(8).nodes)
     assert rule.n_nodes > 40
     assert (rule.nodes.diff() > 0).all()
@@ -292,7 +326,7 @@ def test_what_a_first_rule_sampled_is_not_sampled_again() -> None:
 @pytest.mark.parametrize("max_nodes", [64, 4096])
 def test_turns_too_steep_for_one_rule_are_not_probed_to_their_end(max_nodes: int) -> None:
     groups = [Steep(9, 1e-5) for _ in range(3)]
-    rule = first_rule(groups, 1e-3, max_nodes)  # type: ignore[arg-type]
+    rule = first_rules(groups, 1e-3, max_nodes).of(9)  # type: ignore[arg-type]
     assert torch.equal(rule.nodes, gauss_legendre(8).nodes)
     assert groups[0].n_sampled <= 200
     assert [group.n_sampled for group in groups[1:]] == [0, 0]

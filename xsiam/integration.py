@@ -20,10 +20,10 @@ from xsiam.nodes import (
     choice_cost,
     embed_missing_ends,
     flatten,
+    is_measured_first,
     is_over,
     keep_samples,
     plan,
-    sample_cost,
     whole_panel,
 )
 from xsiam.panels import (
@@ -38,9 +38,6 @@ from xsiam.panels import (
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 
-# Where measuring a rule costs at least this share of evaluating it, the first one is evaluated at
-# once: it does for most texts.
-_WORTH_A_TRY = 0.15
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
 # vectors, which can be larger, is measured too: with this margin, at one node for so many that were
 # evaluated, but a few at least.
@@ -109,7 +106,7 @@ def integrate_adaptive(
         tolerance: Bound on both the completeness error and the estimated token error.
         max_nodes: Most nodes per text at which token derivatives are evaluated.
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
-        first: The rule that is tried first, as by :func:`xsiam.first_rules.first_rule`.
+        first: The rule that is tried first, as by :func:`xsiam.first_rules.FirstRules.of`.
     """
     rounded, rule = group.rounding is not None, first or gauss(FIRST_ORDER)
     whole = [whole_panel(group, i, rule, rounded=rounded) for i in range(group.size)]
@@ -266,7 +263,7 @@ def _is_worth_a_try(group: PathGroup, first: Rule) -> bool:
     """Whether to evaluate a first rule at once: its samples cost much, or choosing another does."""
     if choice_cost(group):
         return first is not gauss(FIRST_ORDER)  # the plain one does for few
-    return sample_cost(group) >= _WORTH_A_TRY
+    return not is_measured_first(group.length)
 
 
 def _begin_again(group: PathGroup, text: PathPanels, rule: Rule) -> None:

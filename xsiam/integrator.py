@@ -17,7 +17,7 @@ from torch import Tensor
 from xsiam.encoder import SiameseEncoder
 from xsiam.errors import InputError, ModelError
 from xsiam.families import AutodiffLineariser, Lineariser, post_norm_lineariser
-from xsiam.first_rules import first_rule
+from xsiam.first_rules import FirstRules, first_rules
 from xsiam.integration import (
     Integrated,
     Pulled,
@@ -54,6 +54,9 @@ _PROBE_TEXTS = (
     _PROBE_TEXT,
     "The stock market fell on Monday.",
     "Two men play guitar at night.",
+    "What is the capital of France?",
+    "She did not like the book.",
+    "Heavy rain closed the school today.",
 )
 _SAME_EMBEDDING = 1e-4  # float32 noise is below 1e-6, another formula far above
 _READ = ("text", "role", "tokens", "offsets", "special_mask", "prompt_mask")
@@ -142,7 +145,7 @@ class TextIntegrator:
             self.tolerance,
             self.max_nodes,
             deadline,
-            self._first_rule if self.rule is None else None,
+            self._first_rules.of(len(read.tokens)) if self.rule is None else None,
         )
         facts = self._facts(read, states, 0, pulled) | {"token_error": float("nan")}
         return AttributedText(**facts), pulled.products
@@ -264,12 +267,12 @@ class TextIntegrator:
     def _paths(self, group: PathGroup, deadline: float | None) -> list[Integrated]:
         if self.rule is not None:
             return integrate_fixed(group, self.rule, self.tolerance)
-        first = self._first_rule
+        first = self._first_rules.of(group.length)
         group.rounding = self._rounding
         return integrate_adaptive(group, self.tolerance, self.max_nodes, deadline, first)
 
     @cached_property
-    def _first_rule(self) -> Rule:
+    def _first_rules(self) -> FirstRules:
         """The nodes that do for texts of ours, the same whatever was integrated before."""
         groups: dict[Any, list[ReadText]] = {}
         for text in _PROBE_TEXTS:
@@ -277,7 +280,7 @@ class TextIntegrator:
             groups.setdefault(read.shape_key, []).append(read)
         reads = list(groups.values())
         paths = [self._group(*both) for both in zip(reads, self.states(reads), strict=True)]
-        return first_rule(paths, self.tolerance, self.max_nodes)
+        return first_rules(paths, self.tolerance, self.max_nodes)
 
     @cached_property
     def _rounding(self) -> float | None:
@@ -287,7 +290,8 @@ class TextIntegrator:
         if self.tolerance < _LEAST_ROUNDED_TOLERANCE:
             return None
         probe = [self._read_probe(_PROBE_TEXT)]
-        measured = rounding_of(self._group(probe, self.states([probe])[0]), self._first_rule)
+        group = self._group(probe, self.states([probe])[0])
+        measured = rounding_of(group, self._first_rules.of(group.length))
         rounding = _ROUNDING_SAFETY * measured
         allowed = _ROUNDING_SHARE * self.tolerance
         return rounding if measured > _LEAST_ROUNDING and rounding <= allowed else None

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from xsiam.curves import Curve, RationalCurve, rational_curve
 from xsiam.panels import FIRST_ORDER, MAX_TRIALS, Panel, PathPanels, gauss, scale_of
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Array, Rule, sinh_map, sinh_mapped
-from xsiam.rational import RationalCurve, rational_curve
 
 Trial = tuple[PathPanels, Panel, Rule]
 
@@ -29,8 +29,8 @@ Trial = tuple[PathPanels, Panel, Rule]
 # last place of its norm.
 _NOISE_UNITS = 1.0
 _ORDERS = (*range(2, 19), 20, 22, 24)
-# More nodes than bisection would take are worth it where choosing takes longer than evaluating.
-_LARGE_ORDERS = (28, 32, 40, 48, 56, 64)
+# More nodes for a rule of many texts, which choose none of their own.
+_LARGE_ORDERS = (*range(28, 61, 4), 64, 72, 80, 96, 112, 128)
 # Choosing rules for a text, which the processor does, takes about as long as an accelerator takes
 # for so many of its nodes: 37 ms against 0.05 ms a node at layer 4 of all-MiniLM-L6-v2, and some
 # four times as much at layer 0, on an H200.
@@ -42,6 +42,7 @@ _MISFIT_SHARE = 0.05
 # Fewer nodes are worth measuring where they save at least so many, and more than measuring costs:
 # a node of the total derivative takes about as much as three tangents of a token.
 _LEAST_SAVED, _TANGENTS_PER_SAMPLE = 2, 3.0
+_WORTH_A_TRY = 0.15
 _FEWEST_SAMPLES = 6
 # Peaks that are tried first, in units of the panel, and how the best of them are varied.
 _CENTRES, _WIDTHS = (
@@ -50,7 +51,7 @@ _CENTRES, _WIDTHS = (
 )
 _SHIFTS, _FACTORS = (grid.ravel() for grid in np.meshgrid(np.linspace(-0.5, 0.5, 5), [0.7, 1, 1.4]))
 _LARGEST_SHIFT = 0.1
-_TRIED_ORDERS = (6, 10, 14)
+_TRIED_ORDERS, _LARGE_TRIED_ORDERS = (6, 10, 14), (20, 32, 48)
 _KEPT_COARSE, _KEPT_FINE = 3, 4
 
 
@@ -113,16 +114,14 @@ def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
     return rational_curve(points, samples, panel.increment().numpy(), misfit)
 
 
-def candidates(
-    curve: RationalCurve, most: int, *, large: bool = False
-) -> Iterator[tuple[Rule, float]]:
+def candidates(curve: Curve, most: int, *, large: bool = False) -> Iterator[tuple[Rule, float]]:
     """Yield rules of ever more nodes, up to ``most``, that suit a curve, and their errors on it.
 
     Of each number of nodes these are Gauss-Legendre as it is, and with the best peak; ``large``
     adds numbers of nodes beyond which bisection is usually cheaper.
     """
     exact = curve.integral()
-    centres, widths = _peaks(curve, exact)
+    centres, widths = _peaks(curve, exact, _TRIED_ORDERS + (_LARGE_TRIED_ORDERS if large else ()))
     orders = (*_ORDERS, *_LARGE_ORDERS) if large else _ORDERS
     for order in (order for order in orders if order <= most):
         plain = gauss(order)
@@ -132,15 +131,23 @@ def candidates(
         yield sinh_mapped(plain, float(centres[best]), float(widths[best])), float(errors[best])
 
 
-def error_on(curve: RationalCurve, rule: Rule) -> float:
+def error_on(curve: Curve, rule: Rule) -> float:
     """Return the error of a rule on a curve."""
     nodes, weights = rule.nodes.numpy()[None], rule.weights.numpy()[None]
     return float(_errors(curve, curve.integral(), nodes, weights)[0])
 
 
-def sample_cost(group: PathGroup) -> float:
+def sample_cost(length: int) -> float:
     """Return what measuring a node costs, as a share of what evaluating all its tokens does."""
-    return min(1.0, _TANGENTS_PER_SAMPLE / group.length)
+    return min(1.0, _TANGENTS_PER_SAMPLE / length)
+
+
+def is_measured_first(length: int) -> bool:
+    """Whether a first rule is measured on a text's sum before its tokens are evaluated.
+
+    Where that costs a large share of evaluating them, they are at once: the rule does for most.
+    """
+    return sample_cost(length) < _WORTH_A_TRY
 
 
 def choice_cost(group: PathGroup) -> int:
@@ -205,7 +212,7 @@ def _next_trials(group: PathGroup, texts: Sequence[PathPanels]) -> list[Trial]:
         if worst := text.worst_panels():
             trials += [trial for panel in worst for trial in _better(text, panel)]
         else:
-            cost = math.inf if choice_cost(group) else sample_cost(group)
+            cost = math.inf if choice_cost(group) else sample_cost(group.length)
             trials += _merged(text, cost) or [
                 trial for panel in text.panels for trial in _cheaper(text, panel, cost)
             ]
@@ -260,27 +267,25 @@ def _samples_in(text: PathPanels, panel: Panel) -> tuple[Array, Array]:
     return points, values[inside][first] * panel.width
 
 
-def _peaks(curve: RationalCurve, exact: Array) -> tuple[Array, Array]:
+def _peaks(curve: Curve, exact: Array, orders: Sequence[int]) -> tuple[Array, Array]:
     """Return centres and widths of the maps that serve the curve best: a grid, then finer."""
-    best = _best([_coarse(order) for order in _TRIED_ORDERS], curve, exact, _KEPT_COARSE)
+    best = _best([_coarse(order) for order in orders], curve, exact, _KEPT_COARSE)
     centres, widths = _CENTRES[best][:, None], _WIDTHS[best][:, None]
     centres = (centres + _SHIFTS * np.minimum(widths, _LARGEST_SHIFT)).ravel()
     widths = (widths * _FACTORS).ravel()
-    rules = [_mapped(order, centres, widths) for order in _TRIED_ORDERS]
+    rules = [_mapped(order, centres, widths) for order in orders]
     best = _best(rules, curve, exact, _KEPT_FINE)
     return centres[best], widths[best]
 
 
-def _best(
-    rules: Sequence[tuple[Array, Array]], curve: RationalCurve, exact: Array, kept: int
-) -> Array:
+def _best(rules: Sequence[tuple[Array, Array]], curve: Curve, exact: Array, kept: int) -> Array:
     """Return which maps are among the best few for one of the orders."""
     ranked = [np.argsort(_errors(curve, exact, *rule))[:kept] for rule in rules]
     found: Array = np.unique(np.concatenate(ranked))
     return found
 
 
-def _errors(curve: RationalCurve, exact: Array, nodes: Array, weights: Array) -> Array:
+def _errors(curve: Curve, exact: Array, nodes: Array, weights: Array) -> Array:
     """Return the error of rules, nodes and weights [R, n], on the curve, [R]."""
     values = curve(nodes.ravel()).reshape(*nodes.shape, -1)
     errors: Array = np.linalg.norm(np.einsum("rn,rnd->rd", weights, values) - exact, axis=1)

@@ -102,6 +102,13 @@ def sinh_map(u: Array, centre: Array | float, width: Array | float) -> tuple[Arr
     return centre + width * np.sinh(s), width * np.cosh(s) * (high - low)
 
 
+def sinh_unmap(alpha: Array, centre: float, width: float) -> Array:
+    """Return the u that :func:`sinh_map` maps to α."""
+    low, high = np.arcsinh(-centre / width), np.arcsinh((1 - centre) / width)
+    u: Array = (np.arcsinh((alpha - centre) / width) - low) / (high - low)
+    return u
+
+
 def sinh_mapped(rule: Rule, centre: float, width: float) -> Rule:
     """Return a rule for functions with a peak at ``centre``: the given one in u of ``sinh_map``.
 
