@@ -49,6 +49,8 @@ LIMIT = 1e-5
 
 _AIM = 0.4  # share of the limit that is aimed at: other batch shapes round otherwise
 _COTANGENTS_AT_ONCE = 64
+# How far to go back from a root to where its search began, and most derivatives that it may take.
+_WAY_BACK, _MAX_CORRECTIONS = (0.5, 0.25), 8
 
 
 @register_reference
@@ -291,17 +293,37 @@ def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: fl
         u, v = hidden[::2].mean(0), hidden[1::2].mean(0)
         starts.append(on_cpu(torch.cat([u, v, u])))
     roots = []
-    for start in starts:
-        roots.append(
-            damped_steps(pattern.embedding, pattern.derivative, start, target, MAX_JACOBIANS)
-        )
-        if roots[-1].is_found:
+    for number, start in enumerate(starts):
+        root = damped_steps(pattern.embedding, pattern.derivative, start, target, MAX_JACOBIANS)
+        if root.is_found and number >= len(near):
+            root = _pulled_back(pattern, root, start, target)
+        roots.append(root)
+        if root.is_found:
             break
     best = min(roots, key=lambda root: root.residual)
     vectors = best.x.view(N_VECTORS, -1)
     if pattern.length % 2 == 0:  # where the vector of odd lengths begins
         vectors = torch.stack([vectors[0], vectors[1], vectors[0]])
     return replace(best, x=vectors.flatten())
+
+
+def _pulled_back(pattern: _Pattern, root: Root, start: Tensor, target: float) -> Root:
+    """Return another root, nearer to where the search began, if there is one close by.
+
+    A search ends farther away than it has to, and paths from there turn more sharply. Directions in
+    which e(r) does not change lead back; the whole way would end at vectors so short that paths
+    bend again (ours).
+    """
+    back, slopes = start - root.x, pattern.derivative(root.x)
+    constrained = torch.linalg.qr(slopes.mT).Q
+    free = back - constrained @ (constrained.mT @ back)
+    for share in _WAY_BACK:
+        moved = damped_steps(
+            pattern.embedding, pattern.derivative, root.x + share * free, target, _MAX_CORRECTIONS
+        )
+        if moved.is_found and (moved.x - start).norm() < back.norm():
+            return replace(moved, iterations=root.iterations + 1 + moved.iterations)
+    return root
 
 
 def _continued(pattern: _Pattern, start: Tensor, slopes: Tensor, target: float) -> Root:
