@@ -35,8 +35,8 @@ from xsiam.quadrature import Array, Rule, panelled, sinh_mapped
 
 # How the logarithm of a rule's error spreads over texts that are like one of ours.
 _SPREAD = NormalDist(sigma=0.5)
-# A rule that errs by less than this share of the tolerance on xsiam's own texts misses none.
-_LEAST_SHARE = 0.02
+# A rule that errs by less than this share of the tolerance on xsiam's own texts misses hardly any.
+_LEAST_SHARE = 0.1
 # So many texts are planned. One that takes more nodes than this is left, and there is no rule of
 # its kind to try; where choosing takes longer than evaluating, so many times the nodes are fine.
 _PLANNED, _MOST_PLANNED, _MORE_PLANNED = 3, 64, 4
