@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.errors import CheckpointError, ConvergenceWarning, InputError, ModelError
 from xsiam.references import NeutralReference, neutral
-from xsiam.references.least_squares import damped_steps, secant_steps
+from xsiam.references.least_squares import Root, damped_steps, pulled_back, secant_steps
 from xsiam.split import evaluation_mode
 
 REST = 1e-4  # main effects and intercept of a neutral reference, in units of the score
@@ -57,6 +57,31 @@ def test_equations_without_a_root_end_at_the_least_residual() -> None:
     )
     assert not found.is_found
     assert found.residual == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_root_is_pulled_back_to_where_its_search_began() -> None:
+    """On a sphere: half of the way along the tangent, and from there along the ray."""
+
+    def equations(x):
+        return x.square().sum()[None] - 1
+
+    def derivative(x):
+        return 2 * x[None]
+
+    start = torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)
+    far = torch.tensor([0.5, 0.75**0.5, 0.0], dtype=torch.float64)
+    nearest = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    root = Root(far, 0.0, derivative(far), 3, True)
+    moved = pulled_back(equations, derivative, root, start, 1e-9)
+    assert moved.is_found
+    assert float(equations(moved.x).abs()) <= 1e-9
+    tangent = torch.tensor([0.75**0.5, -0.5, 0.0], dtype=torch.float64)
+    there = far + 0.5 * tangent * (tangent @ (start - far))
+    assert (moved.x - there / there.norm()).norm() <= 1e-8
+    assert (moved.x - nearest).norm() < (far - nearest).norm()
+    assert moved.iterations > root.iterations
+    at_best = Root(nearest, 0.0, derivative(nearest), 3, True)
+    assert pulled_back(equations, derivative, at_best, start, 1e-9) is at_best
 
 
 def test_secants_follow_a_root_to_similar_equations() -> None:

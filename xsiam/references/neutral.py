@@ -26,7 +26,7 @@ from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.families import AutodiffLineariser, post_norm_lineariser
 from xsiam.jacobian import exact_numerics
 from xsiam.references.base import AbstractReference, ReferenceRows, pad_id, register_reference
-from xsiam.references.least_squares import Root, damped_steps, secant_steps
+from xsiam.references.least_squares import Root, damped_steps, pulled_back, secant_steps
 from xsiam.references.solutions import (
     Solution,
     SolutionReport,
@@ -49,8 +49,6 @@ LIMIT = 1e-5
 
 _AIM = 0.4  # share of the limit that is aimed at: other batch shapes round otherwise
 _COTANGENTS_AT_ONCE = 64
-# How far to go back from a root to where its search began, and most derivatives that it may take.
-_WAY_BACK, _MAX_CORRECTIONS = (0.5, 0.25), 8
 
 
 @register_reference
@@ -284,7 +282,9 @@ def _timed(pattern: _Pattern, search: Callable[[], Root], scale: float) -> Solut
 def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: float) -> Root:
     """Return the root that a start leads to: a near root, or midway from a text to its ``pad``.
 
-    From there it takes the fewest steps, and paths to texts bend least; the ends come after it.
+    From there it takes the fewest steps, and paths to texts bend least; the ends come after it. A
+    search ends farther away than it has to, and paths from there turn more sharply, so that it is
+    pulled back half of the way. All of it would end at short vectors, from where paths bend again.
     """
     texts = pattern.split.capture(probe, pattern.layer)[0]
     pads = PadReference().hidden(pattern.split, probe, pattern.layer)[0]
@@ -296,7 +296,7 @@ def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: fl
     for number, start in enumerate(starts):
         root = damped_steps(pattern.embedding, pattern.derivative, start, target, MAX_JACOBIANS)
         if root.is_found and number >= len(near):
-            root = _pulled_back(pattern, root, start, target)
+            root = pulled_back(pattern.embedding, pattern.derivative, root, start, target)
         roots.append(root)
         if root.is_found:
             break
@@ -305,25 +305,6 @@ def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: fl
     if pattern.length % 2 == 0:  # where the vector of odd lengths begins
         vectors = torch.stack([vectors[0], vectors[1], vectors[0]])
     return replace(best, x=vectors.flatten())
-
-
-def _pulled_back(pattern: _Pattern, root: Root, start: Tensor, target: float) -> Root:
-    """Return another root, nearer to where the search began, if there is one close by.
-
-    A search ends farther away than it has to, and paths from there turn more sharply. Directions in
-    which e(r) does not change lead back; the whole way would end at vectors so short that paths
-    bend again (ours).
-    """
-    back, slopes = start - root.x, pattern.derivative(root.x)
-    constrained = torch.linalg.qr(slopes.mT).Q
-    free = back - constrained @ (constrained.mT @ back)
-    for share in _WAY_BACK:
-        moved = damped_steps(
-            pattern.embedding, pattern.derivative, root.x + share * free, target, _MAX_CORRECTIONS
-        )
-        if moved.is_found and (moved.x - start).norm() < back.norm():
-            return replace(moved, iterations=root.iterations + 1 + moved.iterations)
-    return root
 
 
 def _continued(pattern: _Pattern, start: Tensor, slopes: Tensor, target: float) -> Root:
