@@ -1,11 +1,11 @@
 """The nodes that paths of a model and layer begin with, found on the paths of a few texts of ours.
 
 Sharp turns of a model lie at much the same place of every path, so that a few short texts tell
-where. Their paths are planned, and sampled twice as densely as their plans ask for, so that any
-rule can be tried on all of them at once. How much a rule errs differs from text to text: the chance
-that a text misses the tolerance follows from its errors on ours and their usual spread. What misses
-is planned on its own. For every length of text the rule is taken that costs the fewest nodes with
-all that, if that is fewer than planning every text costs.
+where. Some of them are planned, and all are sampled twice as densely as those plans ask for, so
+that any rule can be tried on all of them at once. How much a rule errs differs from text to text:
+the chance that a text misses the tolerance follows from its errors on ours and their usual spread.
+What misses is planned on its own. For every length of text the rule is taken that costs the fewest
+nodes with all that, if that is fewer than planning every text costs.
 """
 
 from __future__ import annotations
