@@ -21,6 +21,7 @@ import torch
 
 from xsiam.curves import Curve, Piece, PiecewiseCurve
 from xsiam.nodes import (
+    FEWEST_SAMPLES,
     candidates,
     choice_cost,
     error_on,
@@ -151,8 +152,13 @@ def _curve(group: PathGroup, text: PathPanels, panels: Sequence[Panel]) -> Piece
 
 
 def _whole_rules(curves: Sequence[Curve], max_nodes: int) -> Iterator[Rule]:
-    """Yield rules for whole paths, up to the first that hardly any text misses."""
+    """Yield rules for whole paths, up to the first that hardly any text misses.
+
+    None has fewer nodes than planning needs samples: a text that missed it would be bisected.
+    """
     for rule, error in candidates(_Together(curves), max_nodes, large=True):
+        if rule.n_nodes < FEWEST_SAMPLES:
+            continue
         yield rule
         if error <= _LEAST_SHARE:
             return
@@ -171,7 +177,7 @@ def _panelled_rules(planned: Sequence[Sequence[Panel]], max_nodes: int) -> Itera
     ]
     for factor in _FACTORS:
         rule = panelled(edges, [_with_nodes(factor * n_nodes, peak) for n_nodes, peak in parts])
-        if rule.n_nodes <= max_nodes:
+        if FEWEST_SAMPLES <= rule.n_nodes <= max_nodes:
             yield rule
 
 

@@ -43,7 +43,8 @@ _MISFIT_SHARE = 0.05
 # a node of the total derivative takes about as much as three tangents of a token.
 _LEAST_SAVED, _TANGENTS_PER_SAMPLE = 2, 3.0
 _WORTH_A_TRY = 0.15
-_FEWEST_SAMPLES = 6
+# A rational curve is fitted to no fewer samples; with fewer a panel is bisected.
+FEWEST_SAMPLES = 6
 # Peaks that are tried first, in units of the panel, and how the best of them are varied.
 _CENTRES, _WIDTHS = (
     grid.ravel()
@@ -108,7 +109,7 @@ def proposed_rule(text: PathPanels, panel: Panel, most: int) -> Rule | None:
 def fitted_curve(text: PathPanels, panel: Panel) -> RationalCurve | None:
     """Return the curve through the samples of a panel, or None where there are too few of them."""
     points, samples = _samples_in(text, panel)
-    if len(points) < _FEWEST_SAMPLES or not samples.any():
+    if len(points) < FEWEST_SAMPLES or not samples.any():
         return None
     misfit = max(_MISFIT_SHARE * text.share(panel), panel.whole_noise)
     return rational_curve(points, samples, panel.increment().numpy(), misfit)
