@@ -38,6 +38,8 @@ from xsiam.quadrature import Array, Rule, panelled, sinh_mapped
 _SPREAD = NormalDist(sigma=0.5)
 # A rule that errs by less than this share of the tolerance on xsiam's own texts misses hardly any.
 _LEAST_SHARE = 0.1
+# One that errs by less than this share is exact.
+_STRAIGHT = 3e-3
 # So many texts are planned. One that takes more nodes than this is left, and there is no rule of
 # its kind to try; where choosing takes longer than evaluating, so many times the nodes are fine.
 _PLANNED, _MOST_PLANNED, _MORE_PLANNED = 3, 64, 4
@@ -154,10 +156,11 @@ def _curve(group: PathGroup, text: PathPanels, panels: Sequence[Panel]) -> Piece
 def _whole_rules(curves: Sequence[Curve], max_nodes: int) -> Iterator[Rule]:
     """Yield rules for whole paths, up to the first that hardly any text misses.
 
-    None has fewer nodes than planning needs samples: a text that missed it would be bisected.
+    None has fewer nodes than planning needs samples, for a text that missed it would be bisected;
+    but where paths are straight, as at the last layer, none misses.
     """
     for rule, error in candidates(_Together(curves), max_nodes, large=True):
-        if rule.n_nodes < FEWEST_SAMPLES:
+        if rule.n_nodes < FEWEST_SAMPLES and error > _STRAIGHT:
             continue
         yield rule
         if error <= _LEAST_SHARE:
