@@ -79,10 +79,8 @@ def rational_curve(
         Nakatsukasa, Sète and Trefethen, "The AAA algorithm for rational approximation" (2018).
         The choice by the integral is ours.
     """
-    left, singular, basis = np.linalg.svd(samples, full_matrices=False)
-    kept = max(1, int((singular[:_MOST_COMPONENTS] > tolerance).sum()))
-    values = left[:, :kept] * singular[:kept]
-    wanted = basis[:kept] @ integral
+    values, basis = principal(samples, tolerance, _MOST_COMPONENTS)
+    wanted = basis @ integral
     misfit = np.linalg.norm(values - values.mean(0), axis=1)
     chosen = np.zeros(len(points), dtype=bool)
     best, smallest = None, np.inf
@@ -95,6 +93,22 @@ def rational_curve(
         if best is None or difference < smallest:
             best, smallest = curve, difference
     return best
+
+
+def principal(samples: Array, least: float, most: int | None = None) -> tuple[Array, Array]:
+    """Write samples along the few orthonormal directions of R^K that carry them.
+
+    Args:
+        samples: [m, K].
+        least: Directions in which they have no more than this size (singular value) are left out.
+        most: The most directions.
+
+    Returns:
+        Coordinates [m, r] and directions [r, K], r ≥ 1.
+    """
+    left, singular, basis = np.linalg.svd(samples, full_matrices=False)
+    kept = max(1, int((singular[:most] > least).sum()))
+    return left[:, :kept] * singular[:kept], basis[:kept]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from statistics import NormalDist, fmean
 import numpy as np
 import torch
 
-from xsiam.curves import Curve, Piece, PiecewiseCurve
+from xsiam.curves import Curve, Piece, PiecewiseCurve, principal
 from xsiam.nodes import (
     FEWEST_SAMPLES,
     candidates,
@@ -38,7 +38,7 @@ from xsiam.quadrature import Array, Rule, panelled, sinh_mapped
 _SPREAD = NormalDist(sigma=0.5)
 # A rule that errs by less than this share of the tolerance on xsiam's own texts misses hardly any.
 _LEAST_SHARE = 0.1
-# One that errs by less than this share is exact.
+# A plain one that errs by less than this share is exact.
 _STRAIGHT = 3e-3
 # So many texts are planned. One that takes more nodes than this is left, and there is no rule of
 # its kind to try; where choosing takes longer than evaluating, so many times the nodes are fine.
@@ -46,9 +46,12 @@ _PLANNED, _MOST_PLANNED, _MORE_PLANNED = 3, 64, 4
 # A token is estimated to err by so many times what the sum over tokens does (1 to 3 on STS-B), so
 # that it takes so many times the nodes of a plan, which looks at the sum.
 _TOKENS_ERR, _TOKENS_TAKE = 1.6, 1.5
-# Samples are taken at so many times the nodes of a plan and a few more. What they do not tell:
-# directions of embedding space in which a path moves by less than this share of what it may err by.
-_DENSITY, _EXTRA, _LEAST_MOVE = 2, 4, 1e-3
+# Samples are taken at so many times the nodes of a plan and a few more, and at so many at least: a
+# polynomial through fewer is integrated exactly by rules of half as many nodes, whatever the path.
+_DENSITY, _EXTRA, _FEWEST = 2, 4, 2 * FEWEST_SAMPLES
+# What samples do not tell: directions of embedding space in which a path moves by less than this
+# share of what it may err by.
+_LEAST_MOVE = 1e-3
 # By how much the nodes of our own panels are multiplied for a rule of all texts.
 _FACTORS = (1.2, 1.5, 1.8, 2.2)
 _NOWHERE = (0.5, 1e3)  # a map so wide that it is none
@@ -85,18 +88,15 @@ class FirstRules:
     n_planned: float = 0.0
     choosing: float = 0.0
 
-    def of(self, length: int) -> Rule:
-        """Return the rule that costs least for texts of so many tokens, the plain one if none."""
+    def of(self, length: int) -> Rule | None:
+        """Return the rule that costs least for texts of so many tokens, None if planning does."""
         sampling = sample_cost(length)
         planning = sampling * self.n_sampled + self.n_planned + self.choosing
         is_measured = not self.choosing and is_measured_first(length)
-        best, least = gauss(FIRST_ORDER), planning
+        best, least = None, planning
         for rule, missing in self.options:
-            wasted = missing * planning
-            if is_measured:
-                cost = (sampling + 1 - missing) * rule.n_nodes + wasted
-            else:
-                cost = rule.n_nodes + wasted
+            share = sampling + 1 - missing if is_measured else 1.0  # of its nodes' cost
+            cost = share * rule.n_nodes + missing * planning
             if cost < least:
                 best, least = rule, cost
         return best
@@ -140,10 +140,11 @@ def _n_nodes(panels: Sequence[Panel]) -> int:
 
 def _curve(group: PathGroup, text: PathPanels, panels: Sequence[Panel]) -> PiecewiseCurve:
     """Sample the total derivative along a path, in units of what a rule may err, on panels."""
-    rules = [_with_nodes(_DENSITY * p.rule.n_nodes + _EXTRA, p.rule.peak) for p in panels]
+    sizes = [max(_FEWEST, _DENSITY * panel.rule.n_nodes + _EXTRA) for panel in panels]
+    rules = [_with_nodes(size, p.rule.peak) for size, p in zip(sizes, panels, strict=True)]
     alphas = torch.cat([p.alphas(rule) for p, rule in zip(panels, rules, strict=True)])
     samples = group.totals(torch.full((len(alphas),), text.row), alphas)[1]
-    values = _coordinates(samples.numpy() / (text.tolerance * text.scale))
+    values, _ = principal(samples.numpy() / (text.tolerance * text.scale), _LEAST_MOVE)
     parts = np.split(values, np.cumsum([rule.n_nodes for rule in rules])[:-1])
     return PiecewiseCurve(
         [
@@ -160,7 +161,8 @@ def _whole_rules(curves: Sequence[Curve], max_nodes: int) -> Iterator[Rule]:
     but where paths are straight, as at the last layer, none misses.
     """
     for rule, error in candidates(_Together(curves), max_nodes, large=True):
-        if rule.n_nodes < FEWEST_SAMPLES and error > _STRAIGHT:
+        is_straight = rule.peak is None and error <= _STRAIGHT
+        if rule.n_nodes < FEWEST_SAMPLES and not is_straight:
             continue
         yield rule
         if error <= _LEAST_SHARE:
@@ -201,14 +203,6 @@ def _with_nodes(n_nodes: float, peak: tuple[float, float] | None) -> Rule:
     """Return the Gauss-Legendre rule of at least so many nodes that crowd around a peak, if any."""
     plain = gauss(math.ceil(n_nodes))
     return plain if peak is None else sinh_mapped(plain, *peak)
-
-
-def _coordinates(samples: Array) -> Array:
-    """Return samples [m, K] along the few directions of R^K that carry the curve, [m, r]."""
-    left, singular, _ = np.linalg.svd(samples, full_matrices=False)
-    kept = max(1, int((singular > _LEAST_MOVE).sum()))
-    values: Array = left[:, :kept] * singular[:kept]
-    return values
 
 
 def _chance_of_missing(error: float) -> float:

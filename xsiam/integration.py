@@ -106,7 +106,8 @@ def integrate_adaptive(
         tolerance: Bound on both the completeness error and the estimated token error.
         max_nodes: Most nodes per text at which token derivatives are evaluated.
         deadline: ``time.monotonic()`` value after which nothing is refined any more.
-        first: The rule that is tried first, as by :func:`xsiam.first_rules.FirstRules.of`.
+        first: The rule that is tried first, as by :meth:`xsiam.first_rules.FirstRules.of`; None to
+            plan every path from the plain one.
     """
     rounded, rule = group.rounding is not None, first or gauss(FIRST_ORDER)
     whole = [whole_panel(group, i, rule, rounded=rounded) for i in range(group.size)]
@@ -114,7 +115,7 @@ def integrate_adaptive(
         PathPanels(i, tolerance, max_nodes, [panel], is_rounded=rounded)
         for i, panel in enumerate(whole)
     ]
-    if first is None or first.n_nodes > max_nodes or not _is_worth_a_try(group, first):
+    if first is None or first.n_nodes > max_nodes or not _is_worth_a_try(group):
         plan(group, texts, deadline)
     while pending := [text for text in texts if not text.is_evaluated]:
         if is_over(deadline):
@@ -259,11 +260,9 @@ def rounding_of(group: PathGroup, rule: Rule) -> float:
     return float(moved) / scale_of(delta, group.start_embeddings[0])
 
 
-def _is_worth_a_try(group: PathGroup, first: Rule) -> bool:
+def _is_worth_a_try(group: PathGroup) -> bool:
     """Whether to evaluate a first rule at once: its samples cost much, or choosing another does."""
-    if choice_cost(group):
-        return first is not gauss(FIRST_ORDER)  # the plain one does for few
-    return not is_measured_first(group.length)
+    return choice_cost(group) > 0 or not is_measured_first(group.length)
 
 
 def _begin_again(group: PathGroup, text: PathPanels, rule: Rule) -> None:

@@ -31,6 +31,7 @@ from xsiam.integration import (
 from xsiam.jacobian import exact_numerics
 from xsiam.memory import default_budget, format_bytes
 from xsiam.modes import is_reverse
+from xsiam.panels import FIRST_ORDER, gauss
 from xsiam.paths import PathGroup
 from xsiam.quadrature import Rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
@@ -291,7 +292,7 @@ class TextIntegrator:
             return None
         probe = [self._read_probe(_PROBE_TEXT)]
         group = self._group(probe, self.states([probe])[0])
-        measured = rounding_of(group, self._first_rules.of(group.length))
+        measured = rounding_of(group, self._first_rules.of(group.length) or gauss(FIRST_ORDER))
         rounding = _ROUNDING_SAFETY * measured
         allowed = _ROUNDING_SHARE * self.tolerance
         return rounding if measured > _LEAST_ROUNDING and rounding <= allowed else None
