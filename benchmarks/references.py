@@ -193,7 +193,7 @@ def make(
         reference = NeutralReference(options.output / "solutions")
     else:
         reference = get_reference(name)
-        reference.prepare(plain.split, plain._probe_features())
+        reference.prepare(plain.split, [plain._probe_features()])
     return reference, time.perf_counter() - start
 
 

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.errors import CheckpointError, ConvergenceWarning, InputError, ModelError
 from xsiam.references import NeutralReference, neutral
-from xsiam.references.least_squares import Root, damped_steps, pulled_back, secant_steps
+from xsiam.references.least_squares import damped_steps, secant_steps
 from xsiam.split import evaluation_mode
 
 REST = 1e-4  # main effects and intercept of a neutral reference, in units of the score
@@ -57,31 +57,6 @@ def test_equations_without_a_root_end_at_the_least_residual() -> None:
     )
     assert not found.is_found
     assert found.residual == pytest.approx(1.0, rel=1e-2)
-
-
-def test_a_root_is_pulled_back_to_where_its_search_began() -> None:
-    """On a sphere: half of the way along the tangent, and from there along the ray."""
-
-    def equations(x):
-        return x.square().sum()[None] - 1
-
-    def derivative(x):
-        return 2 * x[None]
-
-    start = torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)
-    far = torch.tensor([0.5, 0.75**0.5, 0.0], dtype=torch.float64)
-    nearest = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    root = Root(far, 0.0, derivative(far), 3, True)
-    moved = pulled_back(equations, derivative, root, start, 1e-9)
-    assert moved.is_found
-    assert float(equations(moved.x).abs()) <= 1e-9
-    tangent = torch.tensor([0.75**0.5, -0.5, 0.0], dtype=torch.float64)
-    there = far + 0.5 * tangent * (tangent @ (start - far))
-    assert (moved.x - there / there.norm()).norm() <= 1e-8
-    assert (moved.x - nearest).norm() < (far - nearest).norm()
-    assert moved.iterations > root.iterations
-    at_best = Root(nearest, 0.0, derivative(nearest), 3, True)
-    assert pulled_back(equations, derivative, at_best, start, 1e-9) is at_best
 
 
 def test_secants_follow_a_root_to_similar_equations() -> None:
@@ -149,8 +124,10 @@ def test_states_are_the_roots_that_were_reported(tmp_path: Path) -> None:
         hidden, embedding = encoder.reference.states(encoder.split, features, 1)
         own = encoder.split.tail(features, 1, hidden)
         size = encoder.split.embed(features).norm()
-    assert torch.equal(hidden[0, 0], hidden[0, 2])
-    assert not torch.equal(hidden[0, 0], hidden[0, 1])
+    states = hidden[0]
+    assert torch.equal(states[1], states[1 + neutral.TURNS])  # they take turns between the ends
+    assert len(states[:-1].unique(dim=0)) == neutral.TURNS + 1
+    assert not (states[-1] == states[:-1]).all(dim=1).any()
     assert (own - embedding).norm() <= 1e-6 * size
     report = next(
         r for r in encoder.reference.report(encoder.split, 1) if r.length == len(hidden[0])
@@ -175,6 +152,27 @@ def test_solutions_are_kept_for_the_weights(
     assert solved == [["15"]]
     PairAttributor(encoder_of(tmp_path, seed=1), 2).attribute(TEXT_A, TEXT_B)
     assert len(solved) > 1
+
+
+def test_greater_lengths_start_from_near_ones() -> None:
+    assert neutral._starts({64, 5}) == {9, 11, 13, 16, 20, 25, 31, 38, 47, 58}
+    assert neutral._starts({3, 9}) == set()
+    starts = neutral._starts(range(1, 513))
+    for length in range(neutral.ROOT_LENGTH + 1, 513):
+        start = neutral._start(length)
+        assert start in starts
+        assert start < length <= 1.3 * start
+
+
+@pytest.mark.usefixtures("easy")
+def test_what_a_length_gets_does_not_depend_on_what_else_is_asked_for(tmp_path: Path) -> None:
+    encoder, other = encoder_of(tmp_path / "one"), encoder_of(tmp_path / "other")
+    features = [encoder.preprocess([text]) for text in (TEXT_A, TEXTS[3])]
+    encoder.reference.make_ready(encoder.split, 2, features)
+    other.reference.make_ready(other.split, 2, features[1:])
+    with torch.no_grad():
+        both = [e.reference.hidden(e.split, features[1], 2) for e in (encoder, other)]
+    assert torch.equal(*both)
 
 
 @pytest.mark.usefixtures("easy")
@@ -231,8 +229,8 @@ def test_the_vector_of_one_token_cannot_be_nothing(tmp_path: Path) -> None:
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no shift with reference 'neutral'.* Set `model.shift=f"):
         SiameseEncoder(tiny_model(), reference="neutral")
-    wide = tiny_model(extra=[Dense(32, 100)])
-    with pytest.raises(ModelError, match=r"at most 96 dimensions .* has 100"):
+    wide = tiny_model(extra=[Dense(32, 300)])
+    with pytest.raises(ModelError, match=r"at most 288 dimensions .* has 300"):
         SiameseEncoder(wide, shift=False, reference="neutral")
     encoder = encoder_of(tmp_path)
     with pytest.raises(InputError, match="Expected a layer for reference 'neutral'"):

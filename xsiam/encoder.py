@@ -122,7 +122,7 @@ class SiameseEncoder(nn.Module):
         probe = self._probe_features()
         self.split = SplitModel(modules[:-1] if ends_normalized else modules, probe)
         self.reference = given or recommended_reference(self.split, probe)
-        self.reference.prepare(self.split, probe)
+        self.reference.prepare(self.split, [probe, self._probe_features(_PROBE_TEXTS[1:])])
         self.reference.check(self.split, probe)
         if shift:
             self.reference.complete(self.split, progress=sys.stdout.isatty())

@@ -56,12 +56,14 @@ class AbstractReference(ABC):
         """The name, with digits that tell it from others of its name where there are others."""
         return self.name
 
-    def prepare(self, split: SplitModel, features: Features) -> None:  # noqa: B027 - may stay empty
+    def prepare(  # noqa: B027 - may stay empty
+        self, split: SplitModel, features: Sequence[Features]
+    ) -> None:
         """Make what the reference needs of a model, once, before anything else is asked for.
 
         Args:
             split: The model.
-            features: Features of one short text of ours.
+            features: Features of texts of ours, one after the other: a short one, then longer ones.
         """
 
     def complete(  # noqa: B027 - may stay empty

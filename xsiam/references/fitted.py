@@ -140,9 +140,9 @@ class FittedReference(VectorReference):
         self.cache = None if cache is None else Path(cache)
         self._probe: Features | None = None
 
-    def prepare(self, split: SplitModel, features: Features) -> None:
+    def prepare(self, split: SplitModel, features: Sequence[Features]) -> None:
         """Remember a text of ours, to fit the vector with."""
-        self._probe = features
+        self._probe = features[0]
 
     def check(self, split: SplitModel, features: Features) -> None:
         """Raise ModelError where e(r) depends on the length or the vector is another model's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ _STATIONARY, _WEAK_STEPS = 1e-3, 3
 _SECANT_DAMPING = 1e-6
 _SECANT_GAIN = 0.8  # a secant step must lower |r| to this share, else it is halved
 _SECANT_HALVINGS = 3
-# How much of the way back to a start is tried, and most derivatives that a correction may take.
-_WAYS_BACK, _MOST_CORRECTIONS = (0.5, 0.25), 8
 
 Equations = Callable[[Tensor], Tensor]  # [N] to [M], float64
 
@@ -89,31 +87,6 @@ def damped_steps(
         slopes = derivative(x)
         iterations += 1
     return Root(x, float(r.norm()), slopes, iterations, float(r.norm()) <= target)
-
-
-def pulled_back(
-    equations: Equations, derivative: Equations, root: Root, start: Tensor, target: float
-) -> Root:
-    """Return another root, nearer to a point, or the same one if none is close by.
-
-    Steps of least norm add up to more than the least way. A part of the way back is taken in the
-    directions in which r does not change, and corrected by damped steps (ours).
-
-    Args:
-        equations: r.
-        derivative: dr/dx.
-        root: Where a search from ``start`` ended.
-        start: The point, [N] float64.
-        target: |r| that is small enough.
-    """
-    back, constrained = start - root.x, torch.linalg.qr(derivative(root.x).mT).Q
-    free = back - constrained @ (constrained.mT @ back)
-    for share in _WAYS_BACK:
-        there = root.x + share * free
-        moved = damped_steps(equations, derivative, there, target, _MOST_CORRECTIONS)
-        if moved.is_found and (moved.x - start).norm() < back.norm():
-            return replace(moved, iterations=root.iterations + 1 + moved.iterations)
-    return root
 
 
 def secant_steps(

@@ -2,9 +2,10 @@
 
 With e(r) = 0 main effects and intercept vanish, so that the pair matrix alone is the score of a
 model that nobody changed. There are many such states, for there are more numbers in them than in an
-embedding. Looked for are two vectors u and v that take turns over the positions, u v u v …, with a
-third one at the end of an odd length, where their turns are not as many: few enough for one search
-to serve all lengths, since the root of one length lies near that of another.
+embedding. Looked for are nine vectors: one for the first position and one for the last, where most
+models have tokens of their own, and seven that take turns in between. At nine tokens every position
+is free, so that a root lies near a text's own states; it serves all greater lengths, for the root
+of one lies near that of another.
 
 What it does not mean: r is no text. It depends on the layer, and others with e(r) = 0 give other
 matrices; how far it lies from the ``pad`` reference is reported.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from xsiam.errors import ConvergenceWarning, InputError, ModelError
 from xsiam.families import AutodiffLineariser, post_norm_lineariser
 from xsiam.jacobian import exact_numerics
 from xsiam.references.base import AbstractReference, ReferenceRows, pad_id, register_reference
-from xsiam.references.least_squares import Root, damped_steps, pulled_back, secant_steps
+from xsiam.references.least_squares import Root, damped_steps, secant_steps
 from xsiam.references.solutions import (
     Solution,
     SolutionReport,
@@ -38,11 +39,12 @@ from xsiam.references.solutions import (
 from xsiam.references.tokens import PadReference
 from xsiam.split import Features, SplitModel, evaluation_mode, features_to, select_rows
 
-N_VECTORS = 3
+TURNS = 7
+N_VECTORS = TURNS + 2
 MAX_JACOBIANS = 40
-MAX_SECANT_STEPS = 25
-ROOT_LENGTHS = (8, 9)
-"""An even and an odd length whose roots all others start from."""
+MAX_SECANT_STEPS = 40
+ROOT_LENGTH = N_VECTORS
+"""Up to here roots are searched for; those of greater lengths start from a known one."""
 
 LIMIT = 1e-5
 """|e(r)| over |e(text)| up to which a reference is neutral."""
@@ -72,9 +74,9 @@ class NeutralReference(AbstractReference):
         self._probe: Features | None = None
         self._told: set[tuple[Path, str]] = set()
 
-    def prepare(self, split: SplitModel, features: Features) -> None:
-        """Remember a text of ours, where every search begins."""
-        self._probe = features
+    def prepare(self, split: SplitModel, features: Sequence[Features]) -> None:
+        """Remember the longest text of ours, where every search begins."""
+        self._probe = features[-1]
 
     def check(self, split: SplitModel, features: Features) -> None:
         """Raise ModelError where an embedding has more dimensions than the vectors."""
@@ -122,10 +124,9 @@ class NeutralReference(AbstractReference):
         return hidden.expand(n, length, -1), embedding.expand(n, -1)
 
     def report(self, split: SplitModel, layer: int) -> list[SolutionReport]:
-        """Return how what is known at a layer was found, by length."""
+        """Return how what is known at a layer was found, by length: also where others start."""
         solutions = self._solutions(split, layer)
-        reports = [s.report for key, s in solutions.items() if not key.startswith("root")]
-        return sorted(reports, key=lambda report: report.length)
+        return sorted((s.report for s in solutions.values()), key=lambda report: report.length)
 
     def make_ready(
         self,
@@ -166,13 +167,14 @@ class NeutralReference(AbstractReference):
     def _file(self, split: SplitModel, layer: int) -> Path:
         dtype = str(next(split.model.parameters()).dtype).removeprefix("torch.")
         fingerprint = split.weights.fingerprint()
-        return vectors_file(self.cache, f"{self.name}-layer-{layer}", fingerprint, dtype)
+        name = f"{self.name}-{N_VECTORS}-layer-{layer}"
+        return vectors_file(self.cache, name, fingerprint, dtype)
 
 
 class _Pattern:
-    """The embedding of vectors u v u v … over a text's positions, and its derivative.
+    """The embedding of vectors over a text's positions, and its derivative.
 
-    The last position of an odd length has a vector of its own.
+    Their order is: those that take turns, that of the first position, that of the last.
 
     Args:
         split: The model.
@@ -191,9 +193,9 @@ class _Pattern:
         }
         if "token_type_ids" in features:
             self.features["token_type_ids"] = torch.zeros_like(ids)
-        self.places = torch.arange(self.length, device=ids.device) % 2
-        if self.length % 2:
-            self.places[-1] = 2
+        self.places = (torch.arange(self.length, device=ids.device) - 1) % TURNS
+        self.places[0], self.places[-1] = TURNS, TURNS + 1
+        self._width = int(split.model.config.hidden_size)
         weight = next(p for p in split.model.parameters() if p.is_floating_point())
         self._like = weight.detach()
         found = post_norm_lineariser(split, layer)
@@ -209,6 +211,12 @@ class _Pattern:
         """Return e(r), [K] float64."""
         embedded: Tensor = self.split.tail(self.features, self.layer, self.hidden(x))
         return embedded[0].double().cpu()
+
+    def shares(self) -> Tensor:
+        """Return the share of the positions that each number of x stands at, [m·D] float64."""
+        counts = torch.bincount(self.places, minlength=N_VECTORS).double().cpu()
+        shares: Tensor = (counts / self.length).repeat_interleave(self._width)
+        return shares
 
     def derivative(self, x: Tensor) -> Tensor:
         """Return de/dx, [K, m·D] float64."""
@@ -238,28 +246,46 @@ def _solve(
     probe: Features,
     progress: bool,
 ) -> dict[str, Solution]:
-    """Solve for some lengths, each from the root of one short length, whatever else is asked for.
-
-    Where attention knows no distances all even lengths share one root; all others lie near one.
-    """
+    """Solve for some lengths and those that they start from, whatever else is asked for."""
     scale = float(split.embed(probe)[0].norm())
     target = _AIM * LIMIT * scale
-    found: dict[str, Solution] = {}
-    starts: list[Tensor] = []
-    slopes: list[Tensor] = []
-    for length in ROOT_LENGTHS:
-        pattern = _Pattern(split, layer, _lengthened(probe, length))
-        key = f"root {length}"
-        if key not in known:
-            search = partial(_root, pattern, probe, starts, target)
-            found[key] = _timed(pattern, search, scale)
-        starts.append((known[key] if key in known else found[key]).vectors.flatten())
-        slopes.append(pattern.derivative(starts[-1]))
-    for key in _tracked(sorted(missing, key=_length), progress):
-        pattern = _Pattern(split, layer, missing[key])
-        parity = pattern.length % 2
-        search = partial(_continued, pattern, starts[parity], slopes[parity], target)
+    found = dict(known)
+    patterns = {key: _Pattern(split, layer, features) for key, features in missing.items()}
+    for length in _starts({pattern.length for pattern in patterns.values()}):
+        patterns.setdefault(str(length), _Pattern(split, layer, _lengthened(probe, length)))
+    unknown = sorted((key for key in patterns if key not in found), key=_length)
+    slopes: Tensor | None = None
+    for key in _tracked(unknown, progress):
+        pattern = patterns[key]
+        if pattern.length <= ROOT_LENGTH:
+            found[key] = _timed(pattern, partial(_root, pattern, probe, target), scale)
+            continue
+        root = patterns[str(ROOT_LENGTH)]
+        if slopes is None:
+            slopes = root.derivative(found[str(ROOT_LENGTH)].vectors.flatten())
+        start = found[str(_start(pattern.length))].vectors.flatten()
+        # a vector moves the embedding by about as much as its share of the positions is (ours)
+        own_slopes = slopes * (pattern.shares() / root.shares())
+        search = partial(_continued, pattern, start, own_slopes, target)
         found[key] = _timed(pattern, search, scale)
+    return {key: solution for key, solution in found.items() if key not in known}
+
+
+def _start(length: int) -> int:
+    """Return the length whose root a greater one starts from: of 9, 11, 13, 16, 20, 25 and so on."""
+    best = ROOT_LENGTH
+    while best * 5 // 4 < length:
+        best = best * 5 // 4
+    return best
+
+
+def _starts(lengths: Iterable[int]) -> set[int]:
+    """Return the lengths that some start from, those which these start from, and so on."""
+    found: set[int] = set()
+    left = set(lengths)
+    while left:
+        left = {_start(length) for length in left if length > ROOT_LENGTH} - found
+        found |= left
     return found
 
 
@@ -279,32 +305,23 @@ def _timed(pattern: _Pattern, search: Callable[[], Root], scale: float) -> Solut
     return Solution(on_cpu(root.x.view(N_VECTORS, -1)), report)
 
 
-def _root(pattern: _Pattern, probe: Features, near: Sequence[Tensor], target: float) -> Root:
-    """Return the root that a start leads to: a near root, or midway from a text to its ``pad``.
+def _root(pattern: _Pattern, probe: Features, target: float) -> Root:
+    """Return the root that a start leads to: midway from a text to its ``pad``, else those two.
 
-    From there it takes the fewest steps, and paths to texts bend least; the ends come after it. A
-    search ends farther away than it has to, and paths from there turn more sharply, so that it is
-    pulled back half of the way. All of it would end at short vectors, from where paths bend again.
+    From midway it takes the fewest steps, and paths to texts bend least.
     """
     texts = pattern.split.capture(probe, pattern.layer)[0]
     pads = PadReference().hidden(pattern.split, probe, pattern.layer)[0]
-    starts = list(near)
-    for hidden in ((texts + pads) / 2, texts, pads):
-        u, v = hidden[::2].mean(0), hidden[1::2].mean(0)
-        starts.append(on_cpu(torch.cat([u, v, u])))
     roots = []
-    for number, start in enumerate(starts):
+    for hidden in ((texts + pads) / 2, texts, pads):
+        inner = hidden[1:-1] if len(hidden) > 2 else hidden
+        turns = inner[torch.arange(TURNS, device=inner.device) % len(inner)]
+        start = on_cpu(torch.cat([turns, hidden[:1], hidden[-1:]]).flatten())
         root = damped_steps(pattern.embedding, pattern.derivative, start, target, MAX_JACOBIANS)
-        if root.is_found and number >= len(near):
-            root = pulled_back(pattern.embedding, pattern.derivative, root, start, target)
         roots.append(root)
         if root.is_found:
             break
-    best = min(roots, key=lambda root: root.residual)
-    vectors = best.x.view(N_VECTORS, -1)
-    if pattern.length % 2 == 0:  # where the vector of odd lengths begins
-        vectors = torch.stack([vectors[0], vectors[1], vectors[0]])
-    return replace(best, x=vectors.flatten())
+    return min(roots, key=lambda root: root.residual)
 
 
 def _continued(pattern: _Pattern, start: Tensor, slopes: Tensor, target: float) -> Root:

@@ -198,7 +198,7 @@ class MeanReference(VectorReference):
 
     name = "mean"
 
-    def prepare(self, split: SplitModel, features: Features) -> None:
+    def prepare(self, split: SplitModel, features: Sequence[Features]) -> None:
         """Raise InputError where the vector was not made yet: it takes texts."""
         if self.c is None:
             raise InputError(
