@@ -272,7 +272,10 @@ def _solve(
 
 
 def _start(length: int) -> int:
-    """Return the length whose root a greater one starts from: of 9, 11, 13, 16, 20, 25 and so on."""
+    """Return the length whose root a greater one starts from: of 9, 11, 13, 16, 20, ….
+
+    Each is a quarter more than the one before.
+    """
     best = ROOT_LENGTH
     while best * 5 // 4 < length:
         best = best * 5 // 4
