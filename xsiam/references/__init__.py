@@ -10,7 +10,7 @@ name          hidden states                                               length
 ``uniform``   one vector at every position: the embedding of PAD          yes          nothing
 ``mean``      one vector: the average over the tokens of a corpus         yes          texts
 ``fitted``    one vector c with e(c) as small as can be                   yes          the model
-``neutral``   two vectors in turns with e(r) = 0, for each layer          (no shift)   the model
+``neutral``   vectors in turns with e(r) = 0, for each layer              (no shift)   the model
 ============  ==========================================================  ===========  =============
 """
 
