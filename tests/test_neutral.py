@@ -176,6 +176,32 @@ def test_what_a_length_gets_does_not_depend_on_what_else_is_asked_for(tmp_path: 
 
 
 @pytest.mark.usefixtures("easy")
+def test_an_interrupted_search_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of(tmp_path)
+    features = [encoder.preprocess([text]) for text in (TEXT_A, TEXTS[2])]
+    timed = neutral._timed
+
+    def interrupted(pattern, search, scale):
+        if pattern.length > neutral.ROOT_LENGTH:
+            raise KeyboardInterrupt
+        return timed(pattern, search, scale)
+
+    monkeypatch.setattr(neutral, "_timed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoder.reference.make_ready(encoder.split, 2, features)
+    monkeypatch.setattr(neutral, "_timed", timed)
+    for again in (encoder, encoder_of(tmp_path)):
+        lengths = [report.length for report in again.reference.report(again.split, 2)]
+        assert lengths == [features[1]["input_ids"].shape[1], neutral.ROOT_LENGTH]
+    encoder.reference.make_ready(encoder.split, 2, features)
+    assert features[0]["input_ids"].shape[1] in {
+        report.length for report in encoder.reference.report(encoder.split, 2)
+    }
+
+
+@pytest.mark.usefixtures("easy")
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     PairAttributor(encoder_of(tmp_path), 2).attribute(TEXT_A, TEXT_B)
     (file,) = (tmp_path / "references").iterdir()

@@ -150,10 +150,14 @@ class NeutralReference(AbstractReference):
             assert self._probe is not None
             device = batch[0]["input_ids"].device
             probe = features_to(self._probe, device)
-            with exact_numerics(device), evaluation_mode(split.model):
-                found = _solve(split, layer, missing, known, probe, progress)
-            known |= found
-            write_solutions(file, split.weights.fingerprint(), found)
+            found: dict[str, Solution] = {}
+            try:
+                with exact_numerics(device), evaluation_mode(split.model):
+                    for key, solution in _solve(split, layer, missing, known, probe, progress):
+                        found[key] = solution
+            finally:  # what was found before an interruption is kept
+                known |= found
+                write_solutions(file, split.weights.fingerprint(), found)
         news = [key for key in asked if (file, key) not in self._told]
         self._told.update((file, key) for key in news)
         _warn_unconverged([known[key].report for key in news], layer)
@@ -245,7 +249,7 @@ def _solve(
     known: Mapping[str, Solution],
     probe: Features,
     progress: bool,
-) -> dict[str, Solution]:
+) -> Iterator[tuple[str, Solution]]:
     """Solve for some lengths and those that they start from, whatever else is asked for."""
     scale = float(split.embed(probe)[0].norm())
     target = _AIM * LIMIT * scale
@@ -259,6 +263,7 @@ def _solve(
         pattern = patterns[key]
         if pattern.length <= ROOT_LENGTH:
             found[key] = _timed(pattern, partial(_root, pattern, probe, target), scale)
+            yield key, found[key]
             continue
         root = patterns[str(ROOT_LENGTH)]
         if slopes is None:
@@ -268,7 +273,7 @@ def _solve(
         own_slopes = slopes * (pattern.shares() / root.shares())
         search = partial(_continued, pattern, start, own_slopes, target)
         found[key] = _timed(pattern, search, scale)
-    return {key: solution for key, solution in found.items() if key not in known}
+        yield key, found[key]
 
 
 def _start(length: int) -> int:
