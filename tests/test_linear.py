@@ -11,7 +11,13 @@ from xsiam import SiameseEncoder
 from xsiam import linear as module
 from xsiam.block import PostNormBlock
 from xsiam.feed_forward import FeedForwardPoint
-from xsiam.linear import FastLinear, linear, rounded_products
+from xsiam.linear import (
+    FastLinear,
+    bytes_kept,
+    linear,
+    rounded_products,
+    rounded_weights_kept,
+)
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 4, 7), (0, 7)])
@@ -58,6 +64,7 @@ def test_gradients_pass_by() -> None:
 def rounds_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ONEDNN", module._ONEDNN or torch.ops.mkldnn._linear_pointwise)
     monkeypatch.setattr(module, "_ROUNDS_HERE", True)
+    monkeypatch.setattr(module, "_HAS_PRODUCTS", True)
 
 
 def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(rounds_here) -> None:
@@ -68,12 +75,13 @@ def test_factors_are_rounded_to_bfloat16_where_that_is_done_here(rounds_here) ->
     with rounded_products():
         rounded = linear(x, weight)
         few = linear(x[:8], weight)
+        left = module._ONEDNN(x[:8], weight, None, "none", [], "")  # which may round, too
+    assert torch.equal(few, left)
     assert rounded.dtype == torch.float32
     # The product is that of rounded factors, itself rounded: half a unit of 8 bits.
     assert torch.allclose(rounded.double(), factors, rtol=2**-8, atol=1e-4)
     assert (rounded - exact).norm() > 1e-3 * exact.norm()
-    for plain, wanted in ((few, exact[:8]), (linear(x, weight), exact)):
-        assert torch.allclose(plain.double(), wanted, atol=1e-4)
+    assert torch.allclose(linear(x, weight).double(), exact, atol=1e-4)
 
 
 def test_what_stays_rounded_is_the_factor_of_the_next_product(rounds_here) -> None:
@@ -115,3 +123,40 @@ def test_a_feed_forward_part_is_rounded_as_a_whole(rounds_here, way: str) -> Non
     assert rounded.dtype == torch.float32
     # Five factors and results of 8 bits, each off by half a unit at most.
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 5 * 2**-9
+
+
+def test_weights_of_a_model_are_rounded_once_and_used_either_way(rounds_here) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, generator=generator)
+    weight = nn.Parameter(torch.randn(40, 64, generator=generator)).requires_grad_(False)
+    exact = x @ weight.mT
+    with rounded_products(), rounded_weights_kept(10_000):
+        assert bytes_kept() == 0
+        rounded, again = linear(x, weight), linear(x, weight)
+        back = linear(rounded, weight, transposed=True)
+        assert bytes_kept() == 2 * weight.numel()  # one copy for both ways
+        linear(x, weight.detach().clone())  # no parameter: another may be there at the next call
+        assert bytes_kept() == 2 * weight.numel()
+    assert bytes_kept() == 0
+    assert torch.equal(rounded, again)
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 2**-8
+    assert 1e-4 < (back - exact @ weight).norm() / (exact @ weight).norm() < 2 * 2**-8
+
+
+def test_weights_that_do_not_fit_are_not_kept(rounds_here) -> None:
+    weights = [nn.Parameter(torch.randn(8, 8)).requires_grad_(False) for _ in range(3)]
+    x = torch.randn(300, 8)
+    with rounded_products(), rounded_weights_kept(300):
+        products = [linear(x, weight) for weight in weights]
+        assert bytes_kept() == 256  # two of them
+    for weight, product in zip(weights, products, strict=True):
+        factors = x.bfloat16().float() @ weight.bfloat16().float().mT
+        assert torch.allclose(product, factors, rtol=2**-8, atol=1e-3)
+
+
+def test_exact_products_keep_nothing(rounds_here) -> None:
+    weight = nn.Parameter(torch.randn(8, 8)).requires_grad_(False)
+    with rounded_weights_kept(300):
+        product = linear(torch.randn(300, 8), weight)
+        assert bytes_kept() == 0
+    assert product.dtype == torch.float32

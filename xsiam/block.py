@@ -63,7 +63,7 @@ def pull_through(
     projection: nn.Linear, cotangents: Tensor, *, stays_rounded: bool = False
 ) -> Tensor:
     """Pull cotangents back through a projection: [..., out] to [..., in]."""
-    return linear(cotangents, projection.weight.mT, stays_rounded=stays_rounded)
+    return linear(cotangents, projection.weight, transposed=True, stays_rounded=stays_rounded)
 
 
 def batched_linear(x: Tensor, weights: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ factors, which is counted as noise; a text that is not accepted so is integrated
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from xsiam.panels import (
     rule_error_of,
     scale_of,
 )
-from xsiam.paths import PathGroup
+from xsiam.paths import PathGroup, Rounding
 from xsiam.quadrature import Rule
 
 # Where the rules err by at most so many times the noise of the embeddings, the noise of the token
@@ -247,17 +248,17 @@ def integrate_totals(
     return found
 
 
-def rounding_of(group: PathGroup, rule: Rule) -> float:
-    """Return how far rounded factors move the first path's token vectors or their sum, over |Δ|."""
+def roundings_of(group: PathGroup, rule: Rule) -> Iterator[Rounding]:
+    """Measure on the first path what rounding does: that of all factors, and of tangents' only."""
     weights, numbers = rule.weights[None], torch.zeros(rule.n_nodes, dtype=torch.long)
-    exact, rounded = (
-        group.token_sums(numbers, rule.nodes, weights, numbers, rounded=rounded)[0][0, 0]
-        for rounded in (False, True)
-    )
-    difference = rounded - exact
-    moved = torch.maximum(difference.norm(dim=0).max(), difference.sum(1).norm())
-    delta = group.end_embeddings[0] - group.start_embeddings[0]
-    return float(moved) / scale_of(delta, group.start_embeddings[0])
+    arguments = (numbers, rule.nodes, weights, numbers)
+    exact = group.token_sums(*arguments)[0][0, 0]
+    start, delta = group.start_embeddings[0], group.end_embeddings[0] - group.start_embeddings[0]
+    for of_points in (True, False):
+        tried = replace(group, rounding=Rounding(math.inf, of_points))
+        difference = tried.token_sums(*arguments, rounded=True)[0][0, 0] - exact
+        moved = torch.maximum(difference.norm(dim=0).max(), difference.sum(1).norm())
+        yield Rounding(float(moved) / scale_of(delta, start), of_points)
 
 
 def _is_worth_a_try(group: PathGroup) -> bool:

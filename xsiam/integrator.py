@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,13 +27,14 @@ from xsiam.integration import (
     integrate_fixed,
     integrate_pulled,
     integrate_totals,
-    rounding_of,
+    roundings_of,
 )
 from xsiam.jacobian import exact_numerics
+from xsiam.linear import rounded_weights_kept
 from xsiam.memory import default_budget, format_bytes
 from xsiam.modes import is_reverse
 from xsiam.panels import FIRST_ORDER, gauss
-from xsiam.paths import PathGroup
+from xsiam.paths import PathGroup, Rounding
 from xsiam.quadrature import Rule
 from xsiam.reading import AttributedText, ReadText, TokenVectors, read_text, stack_features
 from xsiam.split import evaluation_mode, features_to
@@ -41,6 +43,7 @@ from xsiam.texts import Truncations
 from xsiam.vector_cache import TextKey
 
 _FEATURES_AT_ONCE = 64
+_SHARE_OF_WEIGHTS = 8  # of the memory budget: weights that are kept rounded
 _TEXTS_AT_ONCE = 64
 # Below this tolerance rounded factors are out of the question: bfloat16 moves token vectors of
 # MiniLM and MPNet by 1e-3 to 6e-3 of |Δ|, TF32 by a quarter of that.
@@ -108,6 +111,7 @@ class TextIntegrator:
             exact_numerics(self.encoder.device),
             evaluation_mode(self.encoder),
             self.encoder.weights_held(),
+            rounded_weights_kept(self._budget // _SHARE_OF_WEIGHTS),
         ):
             yield
 
@@ -284,22 +288,29 @@ class TextIntegrator:
         return first_rules(paths, self.tolerance, self.max_nodes)
 
     @cached_property
-    def _rounding(self) -> float | None:
-        """How far rounded factors move token vectors, where the tolerance leaves room for it."""
+    def _rounding(self) -> Rounding | None:
+        """How factors are rounded, where the tolerance leaves room for what that moves."""
         if self.matmul_precision == "highest" or self.encoder.dtype != torch.float32:
             return None
         if self.tolerance < _LEAST_ROUNDED_TOLERANCE:
             return None
         probe = [self._read_probe(_PROBE_TEXT)]
         group = self._group(probe, self.states([probe])[0])
-        measured = rounding_of(group, self._first_rules.of(group.length) or gauss(FIRST_ORDER))
-        rounding = _ROUNDING_SAFETY * measured
-        allowed = _ROUNDING_SHARE * self.tolerance
-        return rounding if measured > _LEAST_ROUNDING and rounding <= allowed else None
+        rule = self._first_rules.of(group.length) or gauss(FIRST_ORDER)
+        for rounding in roundings_of(group, rule):
+            if rounding.moves <= _LEAST_ROUNDING:
+                break
+            if _ROUNDING_SAFETY * rounding.moves <= _ROUNDING_SHARE * self.tolerance:
+                return replace(rounding, moves=_ROUNDING_SAFETY * rounding.moves)
+        return None
 
     def _read_probe(self, text: str) -> ReadText:
         """Tokenise a text of ours."""
         return read_text(self.encoder, text, None, Truncations(self.encoder))
+
+    @property
+    def _budget(self) -> int:
+        return self.memory_budget or default_budget(self.encoder.device)
 
     @property
     def _lineariser(self) -> Lineariser:
@@ -339,7 +350,7 @@ class TextIntegrator:
             direction=states.hidden - states.start,
             start_embeddings=states.reference_embedding[:, kept].double().cpu(),
             end_embeddings=states.embedding[:, kept].double().cpu(),
-            budget=self.memory_budget or default_budget(self.encoder.device),
+            budget=self._budget,
             noise=states.noise,
             moved=states.moved,
             reverse=is_reverse(

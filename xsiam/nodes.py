@@ -70,7 +70,7 @@ def whole_panel(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False
     units = _NOISE_UNITS * torch.finfo(group.start.dtype).eps * norm
     noise = max(units, float(group.noise[row]))
     if rounded and group.rounding is not None:
-        noise += group.rounding * scale_of(end - start, start)
+        noise += group.rounding.moves * scale_of(end - start, start)
     return Panel(0.0, 1.0, start, end, noise, rule)
 
 

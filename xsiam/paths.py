@@ -12,11 +12,24 @@ from torch import Tensor
 
 from xsiam.families import Lineariser
 from xsiam.jacobian import Linearisation
-from xsiam.linear import rounded_products
+from xsiam.linear import bytes_kept, rounded_products
 from xsiam.memory import is_out_of_memory, release_cached, working_set
 from xsiam.split import Features, select_rows
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How matrix products may round their factors.
+
+    Attributes:
+        moves: How far that moves token vectors and their sum, relative to |Δ|.
+        of_points: Whether also those of the model's own forward do, not only those of tangents.
+    """
+
+    moves: float
+    of_points: bool
 
 
 @dataclass
@@ -36,8 +49,7 @@ class PathGroup:
         moved: Hidden states of the texts as rounding may have moved them, [m, S, D].
         reverse: Whether token derivatives are pulled back from the embedding's K dimensions
             instead of pushed forward from S tokens.
-        rounding: How far rounded factors of matrix products move token vectors and their sum,
-            relative to |Δ|, where that may be tried; else None.
+        rounding: How factors of matrix products are rounded where that may be tried, else None.
     """
 
     lineariser: Lineariser
@@ -50,7 +62,7 @@ class PathGroup:
     noise: Tensor
     moved: Tensor
     reverse: bool = False
-    rounding: float | None = None
+    rounding: Rounding | None = None
 
     @property
     def size(self) -> int:
@@ -102,7 +114,7 @@ class PathGroup:
             alphas: Position of each node, [n] float64.
             weights: W weights of each node, [W, n] float64.
             panels: Panel of each node, [n], numbered from 0.
-            rounded: Whether products of tangents may round their factors; points are exact.
+            rounded: Whether factors of matrix products are rounded, as ``rounding`` says.
 
         Returns:
             [W, P, K, S] and [n, K], float64 on the CPU.
@@ -164,8 +176,10 @@ class PathGroup:
 
     def _derivatives(self, rows: Tensor, alphas: Tensor, at_once: int, rounded: bool) -> Tensor:
         """Return the token derivatives at some nodes, [n, K, S] float64."""
-        linearised, direction = self.at(rows, alphas), self.direction[rows]
-        parts = []
+        parts, direction = [], self.direction[rows]
+        of_points = rounded and self.rounding is not None and self.rounding.of_points
+        with rounded_products() if of_points else nullcontext():
+            linearised = self.at(rows, alphas)
         with rounded_products() if rounded else nullcontext():
             if not self.reverse:
                 every = torch.arange(self.length, device=self.start.device)
@@ -211,7 +225,7 @@ class PathGroup:
     def _fitting(self, n_vectors: int, pulled: bool) -> tuple[int, int]:
         """Return how many vectors of a point, and how many points, fit the budget together."""
         one, none = self._bytes(1, 1, pulled), self._bytes(0, 1, pulled)
-        room = working_set(self.start.device, self.budget, one)
+        room = working_set(self.start.device, self.budget - bytes_kept(), one)
         at_once = max(1, min(n_vectors, (room - none) // max(1, one - none)))
         return at_once, max(1, room // self._bytes(at_once, 1, pulled))
 

@@ -75,9 +75,10 @@ class WeightsWatch:
         values = tensor.detach().reshape(-1)
         if values.dtype not in (torch.float32, torch.float64):
             values = values.float()
-        ramp = self._ramp(values)
-        forms = [torch.dot(piece, ramp[: len(piece)]) for piece in torch.split(values, _PIECE)]
-        return torch.stack(forms).float()
+        ramp, whole = self._ramp(values), len(values) // _PIECE * _PIECE
+        forms = values[:whole].view(-1, _PIECE) @ ramp
+        rest = values[whole:]
+        return torch.cat([forms, torch.dot(rest, ramp[: len(rest)])[None]]).float()
 
     def _ramp(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
