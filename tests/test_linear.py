@@ -13,6 +13,7 @@ from xsiam.block import PostNormBlock
 from xsiam.feed_forward import FeedForwardPoint
 from xsiam.linear import (
     FastLinear,
+    RoundedWeights,
     bytes_kept,
     linear,
     rounded_products,
@@ -130,7 +131,7 @@ def test_weights_of_a_model_are_rounded_once_and_used_either_way(rounds_here) ->
     x = torch.randn(8, 64, generator=generator)
     weight = nn.Parameter(torch.randn(40, 64, generator=generator)).requires_grad_(False)
     exact = x @ weight.mT
-    with rounded_products(), rounded_weights_kept(10_000):
+    with rounded_products(), rounded_weights_kept(RoundedWeights(10_000)):
         assert bytes_kept() == 0
         rounded, again = linear(x, weight), linear(x, weight)
         back = linear(rounded, weight, transposed=True)
@@ -146,7 +147,7 @@ def test_weights_of_a_model_are_rounded_once_and_used_either_way(rounds_here) ->
 def test_weights_that_do_not_fit_are_not_kept(rounds_here) -> None:
     weights = [nn.Parameter(torch.randn(8, 8)).requires_grad_(False) for _ in range(3)]
     x = torch.randn(300, 8)
-    with rounded_products(), rounded_weights_kept(300):
+    with rounded_products(), rounded_weights_kept(RoundedWeights(300)):
         products = [linear(x, weight) for weight in weights]
         assert bytes_kept() == 256  # two of them
     for weight, product in zip(weights, products, strict=True):
@@ -156,7 +157,7 @@ def test_weights_that_do_not_fit_are_not_kept(rounds_here) -> None:
 
 def test_exact_products_keep_nothing(rounds_here) -> None:
     weight = nn.Parameter(torch.randn(8, 8)).requires_grad_(False)
-    with rounded_weights_kept(300):
+    with rounded_weights_kept(RoundedWeights(300)):
         product = linear(torch.randn(300, 8), weight)
         assert bytes_kept() == 0
     assert product.dtype == torch.float32

@@ -75,6 +75,29 @@ def test_rounding_that_a_tolerance_has_no_room_for_is_not_tried(imitate) -> None
     assert set(lengths) == {length_of(encoder, PROBE)}  # which shows too much
 
 
+@pytest.mark.parametrize(("of_points", "of_tangents"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+def test_points_are_exact_where_there_is_room_for_rounded_tangents_only(
+    imitate, of_points: float, of_tangents: float
+) -> None:
+    """The shares are what each is off by beside what it always is."""
+
+    def share(group: PathGroup) -> float:
+        assert group.rounding is not None
+        return BFLOAT16_LIKE + (of_points if group.rounding.of_points else of_tangents)
+
+    imitate(share)
+    attributor = PairAttributor(
+        SiameseEncoder(tiny_model(), shift=False, reference="pad"), 1, tolerance=LOOSE
+    )
+    with attributor.integrator.numerics():
+        rounding = attributor.integrator._rounding
+    if of_tangents:
+        assert rounding is None
+    else:
+        assert rounding.of_points == (of_points == 0)
+        assert BFLOAT16_LIKE / 10 < rounding.moves < LOOSE / 2
+
+
 def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
     encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     n_probe = length_of(encoder, PROBE)

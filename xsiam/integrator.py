@@ -30,7 +30,7 @@ from xsiam.integration import (
     roundings_of,
 )
 from xsiam.jacobian import exact_numerics
-from xsiam.linear import rounded_weights_kept
+from xsiam.linear import RoundedWeights, rounded_weights_kept
 from xsiam.memory import default_budget, format_bytes
 from xsiam.modes import is_reverse
 from xsiam.panels import FIRST_ORDER, gauss
@@ -101,8 +101,9 @@ class TextIntegrator:
         self.memory_budget = memory_budget
         self.mode = mode
         self.matmul_precision = matmul_precision
-        self.is_hand_written = self._reproduces_embeddings()
         self._references = KnownReferences()
+        self._rounded: tuple[str, RoundedWeights] | None = None
+        self.is_hand_written = self._reproduces_embeddings()
 
     @contextmanager
     def numerics(self) -> Iterator[None]:
@@ -111,7 +112,7 @@ class TextIntegrator:
             exact_numerics(self.encoder.device),
             evaluation_mode(self.encoder),
             self.encoder.weights_held(),
-            rounded_weights_kept(self._budget // _SHARE_OF_WEIGHTS),
+            rounded_weights_kept(self._rounded_weights()),
         ):
             yield
 
@@ -303,6 +304,13 @@ class TextIntegrator:
             if _ROUNDING_SAFETY * rounding.moves <= _ROUNDING_SHARE * self.tolerance:
                 return replace(rounding, moves=_ROUNDING_SAFETY * rounding.moves)
         return None
+
+    def _rounded_weights(self) -> RoundedWeights:
+        """Return what is kept of these very weights from call to call."""
+        fingerprint = self.encoder.model_fingerprint
+        if self._rounded is None or self._rounded[0] != fingerprint:
+            self._rounded = fingerprint, RoundedWeights(self._budget // _SHARE_OF_WEIGHTS)
+        return self._rounded[1]
 
     def _read_probe(self, text: str) -> ReadText:
         """Tokenise a text of ours."""

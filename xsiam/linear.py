@@ -115,14 +115,14 @@ class RoundedWeights:
 
 
 @contextmanager
-def rounded_weights_kept(room: int) -> Iterator[None]:
-    """Within this context weights that were rounded are kept, up to so many bytes.
+def rounded_weights_kept(weights: RoundedWeights) -> Iterator[None]:
+    """Within this context weights that were rounded are taken from and kept in ``weights``.
 
     Only processors that round here keep any.
     """
     global _KEPT
     before = _KEPT
-    _KEPT = RoundedWeights(room)
+    _KEPT = weights
     try:
         yield
     finally:
