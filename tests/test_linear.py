@@ -14,7 +14,6 @@ from xsiam.feed_forward import FeedForwardPoint
 from xsiam.linear import (
     FastLinear,
     RoundedWeights,
-    bytes_kept,
     linear,
     rounded_products,
     rounded_weights_kept,
@@ -131,14 +130,13 @@ def test_weights_of_a_model_are_rounded_once_and_used_either_way(rounds_here) ->
     x = torch.randn(8, 64, generator=generator)
     weight = nn.Parameter(torch.randn(40, 64, generator=generator)).requires_grad_(False)
     exact = x @ weight.mT
-    with rounded_products(), rounded_weights_kept(RoundedWeights(10_000)):
-        assert bytes_kept() == 0
+    kept = RoundedWeights(10_000)
+    with rounded_products(), rounded_weights_kept(kept):
         rounded, again = linear(x, weight), linear(x, weight)
         back = linear(rounded, weight, transposed=True)
-        assert bytes_kept() == 2 * weight.numel()  # one copy for both ways
+        assert kept.nbytes == 2 * weight.numel()  # one copy for both ways
         linear(x, weight.detach().clone())  # no parameter: another may be there at the next call
-        assert bytes_kept() == 2 * weight.numel()
-    assert bytes_kept() == 0
+    assert kept.nbytes == 2 * weight.numel()
     assert torch.equal(rounded, again)
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 2**-8
     assert 1e-4 < (back - exact @ weight).norm() / (exact @ weight).norm() < 2 * 2**-8
@@ -147,9 +145,10 @@ def test_weights_of_a_model_are_rounded_once_and_used_either_way(rounds_here) ->
 def test_weights_that_do_not_fit_are_not_kept(rounds_here) -> None:
     weights = [nn.Parameter(torch.randn(8, 8)).requires_grad_(False) for _ in range(3)]
     x = torch.randn(300, 8)
-    with rounded_products(), rounded_weights_kept(RoundedWeights(300)):
+    kept = RoundedWeights(300)
+    with rounded_products(), rounded_weights_kept(kept):
         products = [linear(x, weight) for weight in weights]
-        assert bytes_kept() == 256  # two of them
+    assert kept.nbytes == 256  # two of them
     for weight, product in zip(weights, products, strict=True):
         factors = x.bfloat16().float() @ weight.bfloat16().float().mT
         assert torch.allclose(product, factors, rtol=2**-8, atol=1e-3)
@@ -157,7 +156,8 @@ def test_weights_that_do_not_fit_are_not_kept(rounds_here) -> None:
 
 def test_exact_products_keep_nothing(rounds_here) -> None:
     weight = nn.Parameter(torch.randn(8, 8)).requires_grad_(False)
-    with rounded_weights_kept(RoundedWeights(300)):
+    kept = RoundedWeights(300)
+    with rounded_weights_kept(kept):
         product = linear(torch.randn(300, 8), weight)
-        assert bytes_kept() == 0
+    assert kept.nbytes == 0
     assert product.dtype == torch.float32

@@ -91,13 +91,14 @@ def rounded_products() -> Iterator[None]:
 
 
 class RoundedWeights:
-    """Parameters of a model, rounded to bfloat16 and kept, up to a number of bytes.
+    """Parameters of a model, rounded to bfloat16 and kept, as long as nobody changes them.
 
-    Nobody may change the weights meanwhile.
+    Args:
+        room: The most bytes that they may take.
     """
 
     def __init__(self, room: int) -> None:
-        self._room = room
+        self.room = room
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.nbytes = 0
 
@@ -107,7 +108,7 @@ class RoundedWeights:
             return None
         if id(weight) not in self._kept:
             size = weight.numel() * torch.bfloat16.itemsize
-            if self.nbytes + size > self._room:
+            if self.nbytes + size > self.room:
                 return None
             self._kept[id(weight)] = weight, weight.detach().bfloat16()
             self.nbytes += size
@@ -129,9 +130,9 @@ def rounded_weights_kept(weights: RoundedWeights) -> Iterator[None]:
         _KEPT = before
 
 
-def bytes_kept() -> int:
-    """Return the bytes that rounded weights take."""
-    return 0 if _KEPT is None else _KEPT.nbytes
+def room_for_weights() -> int:
+    """Return the bytes that rounded weights may take."""
+    return _KEPT.room if _KEPT is not None and _HAS_PRODUCTS else 0
 
 
 def _is_rounding() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xsiam.families import Lineariser
 from xsiam.jacobian import Linearisation
-from xsiam.linear import bytes_kept, rounded_products
+from xsiam.linear import room_for_weights, rounded_products
 from xsiam.memory import is_out_of_memory, release_cached, working_set
 from xsiam.split import Features, select_rows
 
@@ -225,7 +225,8 @@ class PathGroup:
     def _fitting(self, n_vectors: int, pulled: bool) -> tuple[int, int]:
         """Return how many vectors of a point, and how many points, fit the budget together."""
         one, none = self._bytes(1, 1, pulled), self._bytes(0, 1, pulled)
-        room = working_set(self.start.device, self.budget - bytes_kept(), one)
+        reserved = room_for_weights() if self.rounding is not None else 0
+        room = working_set(self.start.device, self.budget - reserved, one)
         at_once = max(1, min(n_vectors, (room - none) // max(1, one - none)))
         return at_once, max(1, room // self._bytes(at_once, 1, pulled))
 
