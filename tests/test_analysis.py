@@ -67,7 +67,6 @@ def overrides(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         f"checkpoint={inputs / 'model'}",
         f"data.test={inputs / 'pairs.csv'}",
-        "model.reference=pad",  # fits of a tiny model settle on some machines only
         "attribution.enabled=false",
         "analysis.layers=[2,3]",
         f"analysis.names=[{NAME}]",
@@ -207,7 +206,7 @@ def test_effect_size_is_mean_by_standard_deviation() -> None:
 @pytest.fixture(scope="module")
 def result_10x10(inputs: Path) -> Any:
     """Return an attribution of 100 entries: 5 of 10, 5 of −1, and 90 of 0.5."""
-    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu", reference="pad")
+    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu")
     result = PairAttributor(encoder, 3).attribute("dog", "cat")
     entries = torch.tensor([10.0] * 5 + [-1.0] * 5 + [0.5] * 90)
     matrix = entries[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
@@ -244,7 +243,7 @@ def test_attributions_of_a_context_are_those_of_an_attributor(
     inputs: Path, finished: EvaluationResult
 ) -> None:
     """What the analysis reports follows from attributions made one by one."""
-    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu", reference="pad")
+    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu")
     for layer in LAYERS:
         results = PairAttributor(encoder, layer).attribute(
             [pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS]
@@ -328,7 +327,7 @@ def test_texts_of_one_analysis_are_not_integrated_again_for_another(
     result = evaluate(inputs, tmp_path, f"analysis.names=[{NAME},further]")
     assert integrated == [len(new)] * len(LAYERS)
     assert analyses(result)["further"]["status"] == "finished"
-    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu", reference="pad")
+    encoder = SiameseEncoder.from_pretrained(inputs / "model", device="cpu")
     scores = encoder.score([PAIRS[0][0], new[0]], [new[1], PAIRS[0][1]]).tolist()
     rows = pq.read_table(tmp_path / "analysis" / "further" / "sums.parquet").to_pylist()
     assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)

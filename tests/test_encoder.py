@@ -172,6 +172,23 @@ def test_the_reference_cache_notices_changed_weights(change: str, reference: str
     assert encoder.model_fingerprint != fingerprint
 
 
+@pytest.mark.parametrize("piece", [100, 2**17])
+def test_one_changed_number_is_noticed_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Weights are looked at in pieces; this one holds 1536 numbers."""
+    monkeypatch.setattr("xsiam.weights._PIECE", piece)
+    encoder = SiameseEncoder(tiny_model(), reference="pad")
+    numbers = encoder.model[0].auto_model.encoder.layer[1].output.dense.weight.data.view(-1)
+    known = encoder.split.weights.key()
+    assert encoder.split.weights.key() == known
+    for place in (0, 99, 100, 1499, len(numbers) - 1):
+        numbers[place] += 0.01
+        changed = encoder.split.weights.key()
+        assert changed != known, place
+        known = changed
+
+
 def test_the_reference_cache_is_used() -> None:
     encoder = SiameseEncoder(tiny_model(), reference="pad")
     calls = []

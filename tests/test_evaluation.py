@@ -388,7 +388,6 @@ def test_other_settings_are_computed_anew(
     assert not any("reused" in note for note in result.notes)
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_other_weights_are_computed_anew(
     inputs: Path, copy: Path, tmp_path: Path, attributed: list[int]
 ) -> None:

@@ -457,7 +457,6 @@ def test_hyperparameters_and_state_hold_plain_values_and_the_encoder_only(
     assert all(name.startswith("encoder.model.") for name in module.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_the_vector_of_a_reference_is_trained_along(tmp_path: Path) -> None:
     encoder = SiameseEncoder(tiny_model(), reference="fitted")
     assert isinstance(encoder.reference, VectorReference)
@@ -484,7 +483,6 @@ def test_the_vector_of_a_reference_is_trained_along(tmp_path: Path) -> None:
         assert torch.allclose(loaded.score(TEXTS, OTHERS), trained, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_the_gradient_of_the_vector_is_that_of_its_embedding() -> None:
     encoder = SiameseEncoder(tiny_model().double(), reference="fitted").eval()
     encoder.train_reference()

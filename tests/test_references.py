@@ -123,7 +123,6 @@ def test_a_minimum_on_the_sphere_is_that_of_ridge_regression() -> None:
 # -- the fitted reference -----------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_fitted_vector_has_a_smaller_embedding(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -167,7 +166,6 @@ def test_no_step_within_the_bound_lowers_it_much() -> None:
                 assert size(moved) >= 0.98 * value
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_seed_gives_one_vector() -> None:
     encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     one, two = fit_reference(encoder, seed=3), fit_reference(encoder, seed=3)
@@ -175,7 +173,6 @@ def test_a_seed_gives_one_vector() -> None:
     assert one.label == two.label != fit_reference(encoder, max_norm=0.5).label
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_weights_are_not_touched() -> None:
     encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     before = encoder.model_fingerprint
@@ -184,7 +181,6 @@ def test_weights_are_not_touched() -> None:
     assert all(p.grad is None for p in encoder.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_texts_make_scores_be_kept() -> None:
     plain = SiameseEncoder(tiny_model(), shift=False, reference="pad")
     without, with_texts = fit_reference(plain), fit_reference(plain, CORPUS)
@@ -201,10 +197,10 @@ def test_texts_make_scores_be_kept() -> None:
     assert with_texts.report.n_texts == len(set(CORPUS))
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 @pytest.mark.parametrize("similarity", ["cos", "dot"])
 def test_its_shift_makes_an_exact_model_without_training(similarity: str) -> None:
-    encoder = SiameseEncoder(tiny_model(), reference="fitted", similarity=similarity)
+    # Searches end elsewhere on other processors, with other floors of float32 along the paths.
+    encoder = SiameseEncoder(tiny_model().double(), reference="fitted", similarity=similarity)
     norms = encoder.encode([TEXT_A, TEXT_B]).norm(dim=1)
     size = float(norms.prod()) if similarity == "dot" else 1.0
     for layer in (0, 2):
@@ -218,7 +214,6 @@ def test_its_shift_makes_an_exact_model_without_training(similarity: str) -> Non
         assert result.reference == encoder.reference.label
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_without_shift_the_intercept_is_smaller() -> None:
     def intercept(reference: str) -> float:
         encoder = SiameseEncoder(tiny_model(), shift=False, reference=reference)
@@ -243,7 +238,6 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_model_is_fitted_when_it_is_explained_and_only_once(fits, tmp_path: Path) -> None:
     models = [tiny_model(), tiny_model(), tiny_model(seed=1)]
     plain, again, another = [
@@ -279,7 +273,6 @@ def test_a_search_shows_its_progress_in_a_terminal_only(
     assert shown == [is_terminal]
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_other_choices_are_other_vectors(tmp_path: Path, monkeypatch) -> None:
     first = SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
     monkeypatch.setattr(fitted, "FitOptions", lambda: FitOptions(max_norm=0.5))
@@ -288,7 +281,6 @@ def test_other_choices_are_other_vectors(tmp_path: Path, monkeypatch) -> None:
     assert shorter.reference.report.norm <= 0.5 + 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_damaged_file_of_fitted_vectors_is_refused(tmp_path: Path) -> None:
     SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
     (file,) = (tmp_path / "references").iterdir()
@@ -297,7 +289,6 @@ def test_a_damaged_file_of_fitted_vectors_is_refused(tmp_path: Path) -> None:
         SiameseEncoder(tiny_model(), reference=FittedReference(cache=tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "references").write_text("a file, not a folder")
     with pytest.warns(UserWarning, match=r"kept in memory only. Set `\$XSIAM_CACHE`"):
@@ -305,7 +296,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert encoder.reference.c is not None
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_models_start_from_fitted(tmp_path: Path) -> None:
     tiny_model().save(str(tmp_path))
     for shift in (False, True):
@@ -359,7 +349,6 @@ def test_the_folded_model_needs_nothing_of_ours(tmp_path: Path) -> None:
     assert (theirs - encoder.encode(TEXTS)).abs().max() < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_fold_that_was_trained_elsewhere_is_noticed(tmp_path: Path) -> None:
     SiameseEncoder(tiny_model(), reference="fitted").save_pretrained(tmp_path / "a")
     model = SentenceTransformer(str(tmp_path / "a"))
@@ -462,7 +451,6 @@ def test_a_fit_that_was_cut_short_says_so() -> None:
     assert longer.report.residual < reference.report.residual
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 def test_a_dense_behind_the_pooling_is_part_of_it() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

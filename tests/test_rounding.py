@@ -15,7 +15,8 @@ from test_honesty import assert_flags, assert_honest, errors, random_texts
 
 from xsiam import PairAttributor, SiameseEncoder
 from xsiam.errors import InputError
-from xsiam.paths import PathGroup
+from xsiam.linear import RoundedWeights, rounded_weights_kept
+from xsiam.paths import PathGroup, Rounding
 
 BFLOAT16_LIKE = 3e-3
 LOOSE = 3e-2
@@ -117,6 +118,46 @@ def test_a_text_that_rounding_spoils_is_integrated_without(imitate) -> None:
         assert one.n_nodes > first
         assert one.n_nodes > other.n_nodes or other.n_nodes > first
     assert any(other.n_nodes == first for other, first in zip(exact, n_first, strict=True))
+
+
+@pytest.fixture
+def rounds_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xsiam.linear._HAS_PRODUCTS", True)
+
+
+def test_rounded_weights_are_kept_until_the_weights_change(rounds_here) -> None:
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
+    options = {"tolerance": LOOSE, "cache_size": 1}
+    attributor = PairAttributor(encoder, 1, **options)
+    attributor.token_vectors(TEXTS)
+    kept = attributor.integrator._rounded_weights()
+    n_bytes = kept.nbytes
+    assert n_bytes > 0
+    attributor.token_vectors(TEXTS)
+    assert attributor.integrator._rounded_weights() is kept
+    assert kept.nbytes == n_bytes
+    encoder.model[0].auto_model.encoder.layer[2].output.dense.weight.data.mul_(1.5)
+    changed = attributor.token_vectors(TEXTS)
+    assert attributor.integrator._rounded_weights() is not kept
+    for one, other in zip(
+        changed, PairAttributor(encoder, 1, **options).token_vectors(TEXTS), strict=True
+    ):
+        assert (one.vectors - other.vectors).abs().max() <= LOOSE * float(other.delta.norm())
+
+
+def test_room_for_rounded_weights_is_taken_off_the_budget(rounds_here) -> None:
+    encoder = SiameseEncoder(tiny_model(), shift=False, reference="pad")
+    integrator = PairAttributor(encoder, 1).integrator
+    with integrator.numerics(), rounded_weights_kept(RoundedWeights(60_000)):
+        probe = [integrator._read_probe(PROBE)]
+        group = integrator._group(probe, integrator.states([probe])[0])
+
+        def fitting(budget: int, rounding: Rounding | None) -> tuple[int, int]:
+            group.budget, group.rounding = budget, rounding
+            return group._fitting(group.length, False)
+
+        rounding = Rounding(1e-3, of_points=True)
+        assert fitting(160_000, rounding) == fitting(100_000, None) != fitting(160_000, None)
 
 
 def test_what_the_machine_rounds_is_honest() -> None:

@@ -627,7 +627,6 @@ def test_two_processes_train_upper_layers_at_their_rates(inputs: Path, tmp_path:
     assert last["block_1_decayed"] == pytest.approx(last["block_2_decayed"] / 2)
 
 
-@pytest.mark.filterwarnings("ignore:The fitted reference had not settled")
 @pytest.mark.parametrize(
     "more",
     [

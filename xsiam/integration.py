@@ -4,8 +4,8 @@ Adaptive integration plans cheaply (:mod:`xsiam.nodes`) and integrates once: onl
 carry the tangent of every token. What was planned is then accepted on both errors, that of the sum
 over tokens, known exactly, and that of single tokens, estimated; where either fails the panel is
 planned again, more cautiously, or bisected. Many texts of one length refine independently but are
-evaluated together. Where a tolerance leaves room for it, products of tangents first round their
-factors, which is counted as noise; a text that is not accepted so is integrated again without.
+evaluated together. Where a tolerance leaves room for it, matrix products first round their factors,
+which is counted as noise; a text that is not accepted so is integrated again without.
 """
 
 from __future__ import annotations

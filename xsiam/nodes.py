@@ -63,7 +63,7 @@ def whole_panel(group: PathGroup, row: int, rule: Rule, *, rounded: bool = False
         group: The paths.
         row: Which one.
         rule: The nodes to begin with.
-        rounded: Whether products of its tangents round their factors, which counts as noise.
+        rounded: Whether its matrix products round their factors, which counts as noise.
     """
     start, end = group.start_embeddings[row], group.end_embeddings[row]
     norm = float(torch.maximum(start.norm(), end.norm()))
